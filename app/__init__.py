@@ -1,0 +1,1 @@
+"""The gradio app of raftdiff."""

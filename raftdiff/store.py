@@ -1,0 +1,206 @@
+"""The scored-sample store of a run: parquet that pandas, duckdb and `datasets` read as it is.
+
+    samples/round-0003/part-00000.parquet     scores/round-0003/<reward>-00000.parquet
+    selections/round-0003.parquet
+
+Scores lie apart from the samples, keyed by `sample_id`, so that scoring again never rewrites an image. Beside each
+file its SHA-256, in the format of `sha256sum`, is written after it: a file without it, or that differs from it, is
+reported and read as if it were not there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import logging
+import math
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, unquote
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from PIL import Image
+
+from .checkpoint import remove, write_file
+from .types import Prompt, Sample
+
+logger = logging.getLogger(__name__)
+
+SAMPLES = pa.schema(
+    {
+        "sample_id": pa.string(),
+        "round": pa.int32(),
+        "prompt_id": pa.string(),
+        "prompt": pa.string(),
+        "prompt_metadata": pa.string(),  # JSON
+        "seed": pa.uint64(),
+        "image": pa.struct({"bytes": pa.binary(), "path": pa.string()}),  # PNG
+        "latents": pa.binary(),  # float32, little-endian, row-major
+        "latents_shape": pa.list_(pa.int32()),
+        "text": pa.string(),
+        "flaw": pa.string(),
+    },
+    # By this `datasets` knows the column of images; it finds the types of the others by itself.
+    metadata={"huggingface": json.dumps({"info": {"features": {"image": {"_type": "Image"}}}})},
+)
+SCORES = pa.schema({"sample_id": pa.string(), "value": pa.float64()})
+SELECTION = pa.schema({"sample_id": pa.string(), "weight": pa.float64()})
+
+_ROUND = re.compile(r"round-(\d{4,})")
+_PART = re.compile(r"(.+)-(\d{5,})\.parquet")
+
+
+class SampleStore:
+    """The samples, scores and selections of one run. All writing is atomic, and raises StorageError on a full disk;
+    writing a part again replaces it. Images, latents and texts come back exactly as they were."""
+
+    def __init__(self, run_folder: Path) -> None:
+        self.samples_folder = run_folder / "samples"
+        self.scores_folder = run_folder / "scores"
+        self.selections_folder = run_folder / "selections"
+
+    def write_samples(self, round: int, part: int, samples: Sequence[Sample]) -> None:
+        """Write one part of a round's samples; image uint8 [3, height, width], latents float32 of any shape."""
+        rows = [_to_row(round, sample) for sample in samples]
+        _write_table(_of_round(self.samples_folder, round) / f"part-{part:05d}.parquet", rows, SAMPLES)
+
+    def parts(self, round: int) -> dict[int, list[Sample]]:
+        """Part number to samples, in the order of the numbers; a part that does not verify is absent."""
+        tables = _read_parts(_of_round(self.samples_folder, round), "part-*.parquet")
+        return {part: [_to_sample(row) for row in table.to_pylist()] for _, part, table in tables}
+
+    def read_samples(self, round: int) -> list[Sample]:
+        """The samples of every part of a round that verifies, in the order of the parts."""
+        return [sample for samples in self.parts(round).values() for sample in samples]
+
+    def rounds(self) -> list[int]:
+        """The rounds that have samples, verified or not, in order."""
+        folders = {path.parent.name for path in self.samples_folder.glob("round-*/part-*.parquet")}
+        return sorted(int(match[1]) for match in map(_ROUND.fullmatch, folders) if match)
+
+    def write_scores(
+        self, round: int, part: int, reward_name: str, sample_ids: Sequence[str], values: Iterable[float]
+    ) -> None:
+        """Write the values that one reward gave to `sample_ids`; NaN, a score that is missing, is stored as null."""
+        path = _of_round(self.scores_folder, round) / f"{quote(reward_name, safe='')}-{part:05d}.parquet"
+        rows = [
+            {"sample_id": sample_id, "value": None if math.isnan(value) else float(value)}
+            for sample_id, value in zip(sample_ids, values, strict=True)
+        ]
+        _write_table(path, rows, SCORES)
+
+    def read_scores(self, round: int) -> dict[str, dict[str, float]]:
+        """Reward name to sample id to value; a sample without a score is absent."""
+        scores: dict[str, dict[str, float]] = {}
+        for name, _, table in _read_parts(_of_round(self.scores_folder, round), "*.parquet"):
+            of_reward = scores.setdefault(unquote(name), {})
+            of_reward |= {row["sample_id"]: row["value"] for row in table.to_pylist() if row["value"] is not None}
+        return scores
+
+    def write_selection(self, round: int, sample_ids: Sequence[str], weights: Sequence[float]) -> None:
+        """Write which samples a round trains on, in order, with the weight of each."""
+        rows = [{"sample_id": i, "weight": float(w)} for i, w in zip(sample_ids, weights, strict=True)]
+        _write_table(self._selection(round), rows, SELECTION)
+
+    def read_selection(self, round: int) -> tuple[list[str], list[float]] | None:
+        """Sample ids and weights as they were written, or None if there are none that verify."""
+        path = self._selection(round)
+        table = _read_table(path) if path.exists() else None
+        return None if table is None else (table["sample_id"].to_pylist(), table["weight"].to_pylist())
+
+    def discard_round(self, round: int) -> None:
+        """Remove all that is stored of a round, what depends on the samples first."""
+        remove(self._selection(round))
+        remove(_checksum(self._selection(round)))
+        remove(_of_round(self.scores_folder, round))
+        remove(_of_round(self.samples_folder, round))
+
+    def _selection(self, round: int) -> Path:
+        return self.selections_folder / f"round-{round:04d}.parquet"
+
+
+def _of_round(folder: Path, round: int) -> Path:
+    return folder / f"round-{round:04d}"
+
+
+def _checksum(path: Path) -> Path:
+    return path.with_name(path.name + ".sha256")
+
+
+def _write_table(path: Path, rows: list[dict[str, Any]], schema: pa.Schema) -> None:
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema), sink, compression="zstd")
+    data = sink.getvalue().to_pybytes()
+    write_file(path, data)
+    write_file(_checksum(path), f"{hashlib.sha256(data).hexdigest()}  {path.name}\n".encode())
+
+
+def _read_table(path: Path) -> pa.Table | None:
+    """The table, parsed from the very bytes whose hash was checked; None, with a warning, if they do not verify."""
+    checksum = _checksum(path)
+    if not checksum.is_file():
+        logger.warning("%s is ignored: %s is missing, so it may be incomplete", path, checksum.name)
+        return None
+    data = path.read_bytes()
+    if checksum.read_bytes() != f"{hashlib.sha256(data).hexdigest()}  {path.name}\n".encode():
+        logger.warning("%s is ignored: its %d bytes are not those whose SHA-256 was stored", path, len(data))
+        return None
+    return pq.read_table(pa.BufferReader(data))
+
+
+def _read_parts(folder: Path, pattern: str) -> list[tuple[str, int, pa.Table]]:
+    """Name, part number and table of each part of a folder that verifies, in this order."""
+    matches = [(_PART.fullmatch(path.name), path) for path in folder.glob(pattern)]
+    parts = sorted((match[1], int(match[2]), path) for match, path in matches if match)
+    return [(name, part, table) for name, part, path in parts if (table := _read_table(path)) is not None]
+
+
+def _to_row(round: int, sample: Sample) -> dict[str, Any]:
+    image, latents = sample.image, sample.latents
+    assert image is None or image.dtype == torch.uint8
+    assert latents is None or latents.dtype == torch.float32
+    return {
+        "sample_id": sample.id,
+        "round": round,
+        "prompt_id": sample.prompt.id,
+        "prompt": sample.prompt.text,
+        "prompt_metadata": json.dumps(dict(sample.prompt.metadata), ensure_ascii=False),
+        "seed": sample.seed,
+        "image": None if image is None else {"bytes": _to_png(image), "path": f"{sample.id}.png"},
+        "latents": None if latents is None else latents.numpy().astype("<f4", copy=False).tobytes(),
+        "latents_shape": None if latents is None else list(latents.shape),
+        "text": sample.text,
+        "flaw": sample.flaw,
+    }
+
+
+def _to_sample(row: dict[str, Any]) -> Sample:
+    latents = None
+    if row["latents"] is not None:
+        latents = torch.from_numpy(np.frombuffer(row["latents"], "<f4").astype(np.float32)).view(row["latents_shape"])
+    return Sample(
+        id=row["sample_id"],
+        prompt=Prompt(text=row["prompt"], metadata=json.loads(row["prompt_metadata"])),
+        seed=row["seed"],
+        image=None if row["image"] is None else _from_png(row["image"]["bytes"]),
+        latents=latents,
+        text=row["text"],
+        flaw=row["flaw"],
+    )
+
+
+def _to_png(image: torch.Tensor) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()).save(file, "PNG", compress_level=1)
+    return file.getvalue()
+
+
+def _from_png(data: bytes) -> torch.Tensor:
+    with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()

@@ -1,0 +1,250 @@
+"""Rewards over samples: failures found, contained and counted, and the rewards combined into the one that counts.
+
+A failure is never a score: a sample that a reward could not judge has no value for it, and no combined reward.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from accelerate import Accelerator
+
+from .errors import ConfigError, ScoringError
+from .interrupts import StopRequest
+from .prompts import sample_seed
+from .protocols import Policy, Reward
+from .store import SampleStore
+from .types import Sample, Scored
+
+logger = logging.getLogger(__name__)
+
+STD_FLOOR = 1e-4  # a reward that hardly varies in a round is not blown up to count as much as the others
+
+Combine = Literal["sum", "standardized"]
+Progress = Callable[[str, int, int], None]
+"""Called after each batch with the reward's name, the samples done and the samples in all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightedReward:
+    """A reward and its weight in the combination; weight 0 scores it and keeps the values, to watch.
+
+    WeightedReward(reward=ClipReward(), weight=0.5)
+    """
+
+    reward: Reward
+    weight: float = 1.0
+
+
+def score(
+    samples: Sequence[Sample],
+    rewards: Sequence[WeightedReward],
+    *,
+    combine: Combine = "standardized",
+    batch_size: int = 32,
+    max_failed: float = 0.25,
+    progress: Progress | None = None,
+) -> list[Scored]:
+    """The samples of one round with their rewards, in their order: `score_parts` for each reward, then `combined`.
+
+    Raises:
+        ConfigError: rewards that share a name, no reward with a weight, one for the wrong modality.
+        ScoringError: a reward failed on more than the share `max_failed` of the samples that are not flawed.
+    """
+    weights = check_rewards(rewards)
+    values = {
+        weighted.reward.name: score_parts(
+            samples, weighted.reward, batch_size=batch_size, max_failed=max_failed, progress=progress
+        )
+        for weighted in rewards
+    }
+    return combined(samples, values, weights, combine)
+
+
+def check_rewards(rewards: Sequence[WeightedReward]) -> dict[str, float]:
+    """Name to weight of the rewards.
+
+    Raises:
+        ConfigError: rewards that share a name, or no reward with a weight.
+    """
+    names = [weighted.reward.name for weighted in rewards]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(f"two rewards are named {name!r}; give each its own name")
+    if not any(weighted.weight for weighted in rewards):
+        raise ConfigError("no reward has a weight other than 0: there is nothing to rank samples by")
+    return {weighted.reward.name: weighted.weight for weighted in rewards}
+
+
+def combined(
+    samples: Sequence[Sample], values: Mapping[str, torch.Tensor], weights: Mapping[str, float], how: Combine
+) -> list[Scored]:
+    """Samples with their raw values [N] by reward name, and the reward that selection ranks by.
+
+    `sum` is the weighted sum of the raw values. `standardized` takes each reward's mean and deviation over the round
+    out of it first, so that one on a scale of 100 does not drown one on a scale of 1. A sample is without a combined
+    reward where it is flawed or where a reward with a weight failed on it.
+    """
+    ranked_by = {
+        name: standardize(values[name]) if how == "standardized" else values[name]
+        for name, weight in weights.items()
+        if weight
+    }
+    return [
+        Scored(
+            sample=sample,
+            parts=_present({name: value_N[i].item() for name, value_N in values.items()}),
+            reward=weighted_sum(_present({name: value_N[i].item() for name, value_N in ranked_by.items()}), weights),
+        )
+        for i, sample in enumerate(samples)
+    ]
+
+
+def weighted_sum(parts: Mapping[str, float], weights: Mapping[str, float]) -> float | None:
+    """The sum of the parts by their weights; None where a part whose weight is not 0 is absent.
+
+    >>> weighted_sum({"clip": 20.0, "aesthetic": 5.0}, {"clip": 0.5, "aesthetic": -1.0})
+    5.0
+    """
+    needed = {name: weight for name, weight in weights.items() if weight}
+    if needed.keys() - parts.keys():
+        return None
+    return sum(weight * parts[name] for name, weight in needed.items())
+
+
+def standardize(value_N: torch.Tensor, reference_M: torch.Tensor | None = None) -> torch.Tensor:
+    """The values less the mean, over the deviation (at least STD_FLOOR), of `reference_M` or else of themselves,
+    float64 [N]; NaN is left out of both and stays NaN."""
+    value_N = value_N.double()
+    reference_M = value_N if reference_M is None else reference_M.double()
+    present = reference_M[~reference_M.isnan()]
+    if not len(present):
+        return value_N
+    return (value_N - present.mean()) / present.std(correction=0).clamp(min=STD_FLOOR)
+
+
+def score_stored(
+    samples: Sequence[Sample],
+    reward: Reward,
+    *,
+    store: SampleStore,
+    round: int,
+    batch_size: int,
+    max_failed: float,
+    accelerator: Accelerator,
+    stop: StopRequest,
+    progress: Progress | None = None,
+) -> torch.Tensor:
+    """`score_parts`, shared out over the processes and kept: what the store has of this reward is not scored again,
+    and all processes return the values of all samples."""
+    stop.check()
+    known = store.read_scores(round).get(reward.name, {})
+    missing = [sample for sample in samples if sample.id not in known]
+    mine = missing[accelerator.process_index :: accelerator.num_processes]
+    if mine:
+        value_B = score_parts(mine, reward, batch_size=batch_size, max_failed=max_failed, progress=progress)
+        part = len(known) * accelerator.num_processes + accelerator.process_index  # a part that is not there yet
+        store.write_scores(round, part, reward.name, [sample.id for sample in mine], value_B.tolist())
+    accelerator.wait_for_everyone()
+    if missing:
+        known = store.read_scores(round).get(reward.name, {})
+    return torch.tensor([known.get(sample.id, math.nan) for sample in samples])
+
+
+@torch.no_grad()
+def with_log_ratio(
+    scored: Sequence[Scored], policy: Policy, *, seed: int, round: int, batch_size: int, stop: StopRequest
+) -> list[Scored]:
+    """The scored samples with an estimate of log p_current / p_reference: how much smaller the current policy's error
+    is than the reference's, on the same noise and timesteps.
+
+    For text the error is the negative log-likelihood and this is the log-ratio itself. For images it is a difference
+    of surrogates of evidence lower bounds, on a scale of its own: choose `kl_beta` by what it changes.
+    """
+    ratios: list[float] = []
+    samples = [s.sample for s in scored]
+    for start in range(0, len(samples), batch_size):
+        stop.check()
+        batch = samples[start : start + batch_size]
+        draw = policy.draw(batch, torch.Generator().manual_seed(sample_seed(seed, round, "log-ratio", start)))
+        draw = replace(draw, dropped_B=torch.zeros_like(draw.dropped_B))
+        current_B = policy.error(batch, draw)
+        with policy.reference():
+            reference_B = policy.error(batch, draw)
+        ratios += (reference_B - current_B).tolist()
+    return [replace(s, log_ratio=ratio) for s, ratio in zip(scored, ratios, strict=True)]
+
+
+def score_parts(
+    samples: Sequence[Sample],
+    reward: Reward,
+    *,
+    batch_size: int = 32,
+    max_failed: float = 0.25,
+    progress: Progress | None = None,
+) -> torch.Tensor:
+    """One reward's raw value for each sample, float32 [N] on the CPU, NaN where there is none.
+
+    Flawed samples are not shown to the reward. A batch on which it raises is tried again one sample at a time, so
+    that one bad sample costs only itself; a sample on which it raises, or to which it gives NaN or infinity, has
+    failed.
+
+    Raises:
+        ConfigError: the reward judges another modality than the samples have, or says itself that it is set up wrong.
+        ScoringError: more than the share `max_failed` of the samples that are not flawed failed.
+    """
+    value_N = torch.full((len(samples),), math.nan)
+    judged = [i for i, sample in enumerate(samples) if sample.flaw is None]
+    _check_modality([samples[i] for i in judged], reward)
+    first: Exception | None = None
+    for start in range(0, len(judged), batch_size):
+        index = judged[start : start + batch_size]
+        try:
+            value_N[index] = _score_batch([samples[i] for i in index], reward)
+        except ConfigError:
+            raise
+        except Exception:  # a scorer is anyone's code
+            for i in index:
+                try:
+                    value_N[i] = _score_batch([samples[i]], reward)[0]
+                except Exception as error:
+                    first = first or error
+        if progress is not None:
+            progress(reward.name, start + len(index), len(judged))
+    value_N[~value_N.isfinite()] = math.nan
+    failed = int(value_N[judged].isnan().sum())
+    if failed:
+        cause = f"{type(first).__name__}: {first}" if first else "its values were NaN or infinite"
+        message = f"reward {reward.name!r} failed on {failed} of {len(judged)} samples ({cause})"
+        if failed > max_failed * len(judged):
+            raise ScoringError(
+                f"{message}; at most the share {max_failed:g} may fail (max_failed): mend the reward, or resume with a"
+                " higher share"
+            ) from first
+        logger.warning("%s; they are left out", message)
+    return value_N
+
+
+def _score_batch(samples: Sequence[Sample], reward: Reward) -> torch.Tensor:
+    value_B = reward.score(samples)
+    if value_B.shape != (len(samples),):
+        raise ValueError(f"it returned shape {list(value_B.shape)} for {len(samples)} samples, not [{len(samples)}]")
+    return value_B.detach().to("cpu", torch.float32)
+
+
+def _check_modality(samples: Sequence[Sample], reward: Reward) -> None:
+    for sample in samples:
+        if (sample.image if reward.modality == "image" else sample.text) is None:
+            raise ConfigError(
+                f"reward {reward.name!r} judges {reward.modality}, but sample {sample.id} has none; choose a reward"
+                " for what the model generates"
+            )
+
+
+def _present(parts: Mapping[str, float]) -> dict[str, float]:
+    return {name: value for name, value in parts.items() if not math.isnan(value)}

@@ -1,0 +1,1 @@
+"""The rewards, one scorer a file; each is a `raftdiff.protocols.Reward`."""

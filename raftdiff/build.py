@@ -1,0 +1,360 @@
+"""From a configuration to the objects of a run: the only place that knows everyone."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from .config import ModelConfig, RewardConfig, RunConfig, parse_config
+from .data import load_pictures
+from .errors import ConfigError, MissingExtraError, WeightsError
+from .prompts import load_prompts
+from .protocols import Algorithm, Reward
+from .registry import ALGORITHMS, REWARDS, nearest
+from .rounds import Display, Quiet, Result, Run, run_rounds
+from .scoring import WeightedReward
+from .shapes import WEIGHTS
+from .types import Prompt
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def align(
+    pipeline: Any,
+    prompts: str | Path | Sequence[str],
+    reward: str | Callable | Reward | Mapping[str, float] = "clip",
+    *,
+    rounds: int = 4,
+    held_out: str | Path | Sequence[str] | None = None,
+    judge: Sequence[str | Callable | Reward] = (),
+    name: str = "align",
+    resume: bool = False,
+    display: Display | None = None,
+    **settings: Any,
+) -> Result:
+    """Align a diffusers pipeline with a reward, in place: afterwards its denoiser carries the trained LoRA.
+
+        result = align(pipe, ["a red circle", ...], reward="clip", rounds=4)
+        fresh_pipe.load_lora_weights(result.lora_path)
+
+    Args:
+        pipeline: any diffusers text-to-image pipeline, on its device.
+        prompts: a list, a file, or a source such as `shapes:bare/24`.
+        reward: a registered name, a callable `f(images, prompts) -> scores` over PIL images, a Reward, or a mapping
+            of registered names to weights.
+        held_out: prompts for the evaluation; the training prompts, with other seeds, if absent.
+        judge: rewards that are measured and never trained on.
+        name: the run's folder inside `output` (`runs` if not set); `resume=True` goes on with it.
+        settings: any other setting of a run by its section: `training={"learning_rate": 1e-4}`, `seed=1`.
+
+    Raises:
+        ConfigError: a setting that does not exist or does not fit.
+    """
+    objects: dict[str, Reward] = {}
+
+    def configured(value: Any, weight: float) -> RewardConfig:
+        if isinstance(value, str):
+            return RewardConfig(name=value, weight=weight)
+        made = value if isinstance(value, Reward) else _function_reward(value)
+        objects[made.name] = made
+        return RewardConfig(name=made.name, weight=weight)
+
+    weights = reward if isinstance(reward, Mapping) else None
+    trained = [configured(n, w) for n, w in weights.items()] if weights else [configured(reward, 1.0)]
+    plain = {
+        "name": name,
+        "rounds": rounds,
+        "prompts": {"source": _source(prompts)} | settings.pop("prompts_settings", {}),
+        "rewards": [r.model_dump() for r in trained],
+        "evaluation": {
+            "prompts": None if held_out is None else _source(held_out),
+            "rewards": [configured(value, 1.0).model_dump() for value in judge],
+        }
+        | settings.pop("evaluation", {}),
+        "model": {"path": str(getattr(pipeline, "name_or_path", None) or type(pipeline).__name__)}
+        | settings.pop("model", {}),
+    }
+    config = parse_config(plain | settings, where="align()")
+    run = build(config, pipeline=pipeline, rewards=objects, display=display)
+    return run_rounds(run, resume=resume)
+
+
+def _source(prompts: str | Path | Sequence[str]) -> str | list[str]:
+    return str(prompts) if isinstance(prompts, str | Path) else list(prompts)
+
+
+def _function_reward(function: Any) -> Reward:
+    from .reward_models.function import FunctionReward
+
+    if not callable(function):
+        raise ConfigError(f"reward: {function!r} is neither a registered name, nor a callable, nor a Reward")
+    return FunctionReward(function, name=getattr(function, "__name__", "function"))
+
+
+def build(
+    config: RunConfig,
+    *,
+    pipeline: Any = None,
+    rewards: Mapping[str, Reward] | None = None,
+    allow_code: bool = False,
+    display: Display | None = None,
+) -> Run:
+    """Everything a run needs. What is cheap to check is checked before any weights load.
+
+    Args:
+        pipeline: a live pipeline to align in place of `config.model.path`.
+        rewards: live rewards by name, in place of registered ones.
+        allow_code: whether `module:Class` names may be imported.
+    """
+    live = rewards or {}
+    algorithm = build_algorithm(config, allow_code=allow_code)
+    wanted = [*config.rewards, *config.evaluation.rewards]
+    for reward in wanted:
+        if reward.name not in live:
+            REWARDS.load(reward.name, allow_code=allow_code)
+    prompts = load_prompts(config.prompts.source)
+    held_out = load_prompts(config.evaluation.prompts) if config.evaluation.prompts else prompts
+    if config.evaluation.prompts:
+        kept_out = {p.text for p in held_out}
+        prompts = [p for p in prompts if p.text not in kept_out]
+        if not prompts:
+            raise ConfigError("every training prompt is also held out (evaluation.prompts): give other prompts to one")
+    accelerator = build_accelerator(config)
+    device = str(accelerator.device)
+    pipeline = load_pipeline(config.model, device) if pipeline is None else pipeline
+    policy = build_policy(config, pipeline)
+    teacher = None
+    if config.algorithm.teacher:
+        model = config.model.model_copy(update={"path": config.algorithm.teacher, "revision": None, "variant": None})
+        teacher = build_policy(config, load_pipeline(model, device))
+    make = partial(build_reward, device=device, live=live, allow_code=allow_code)
+    return Run(
+        config=config,
+        policy=policy,
+        algorithm=algorithm,
+        rewards=[make(reward) for reward in config.rewards],
+        watched=[make(reward) for reward in config.evaluation.rewards],
+        prompts=prompts,
+        held_out=held_out,
+        data=_own_data(config, policy),
+        teacher=teacher,
+        accelerator=accelerator,
+        display=display or Quiet(),
+        track=build_tracker(config, accelerator),
+        load_line=_load_line(config, policy),
+    )
+
+
+def _load_line(config: RunConfig, policy: Any) -> str:
+    """The Python that puts the result on a pipeline."""
+    lora = config.folder / "lora"
+    if config.adapter.method == "lora":
+        return f"pipe.load_lora_weights({str(lora)!r})"
+    name = policy.denoiser_name
+    return f"pipe.{name} = {type(policy.denoiser).__name__}.from_pretrained({str(lora / name)!r})"
+
+
+def build_algorithm(config: RunConfig, *, allow_code: bool = False) -> Algorithm:
+    """The configured algorithm, checked against the number of samples for each prompt."""
+    kind = ALGORITHMS.load(config.algorithm.name, allow_code=allow_code)
+    names = [field.name for field in dataclasses.fields(kind)]
+    for name in config.algorithm.options:
+        if name not in names:
+            raise ConfigError(
+                f"algorithm.options: {config.algorithm.name} has no option {name!r}{nearest(name, names)} "
+                f"(it has {', '.join(names)})"
+            )
+    algorithm = kind(**config.algorithm.options)
+    algorithm.validate(config.sampling.samples_per_prompt)
+    return algorithm
+
+
+def build_accelerator(config: RunConfig) -> Accelerator:
+    """The processes and the device of this run.
+
+    Raises:
+        ConfigError: fp16 without a GPU.
+    """
+    accelerator = Accelerator(cpu=config.model.device == "cpu")
+    if accelerator.device.type == "cpu" and "fp16" in (config.model.dtype, config.training.precision):
+        raise ConfigError("fp16 needs a GPU and there is none: set model.dtype and training.precision to bf16 or fp32")
+    return accelerator
+
+
+def load_pipeline(model: ModelConfig, device: str = "cpu") -> Any:
+    """The pipeline that `model` names, configured, on its device.
+
+    Raises:
+        WeightsError: it is missing, incomplete, or not in safetensors.
+        ConfigError: a scheduler or an attention kernel that does not exist here.
+    """
+    from diffusers import DiffusionPipeline
+
+    path = str(WEIGHTS / "pipeline") if model.path == "shapes" else model.path
+    if Path(path).is_dir() and not (Path(path) / "model_index.json").is_file():
+        raise WeightsError(f"{path}: no model_index.json there; give the folder of a saved diffusers pipeline")
+    try:
+        pipeline = DiffusionPipeline.from_pretrained(
+            path,
+            revision=model.revision,
+            variant=model.variant,
+            dtype=DTYPES[model.dtype],
+            use_safetensors=True,
+        )
+    except Exception as error:  # the hub, safetensors, diffusers and transformers each raise their own
+        raise WeightsError(
+            f"model.path {model.path!r} cannot be loaded: {' '.join(str(error).split())[:300]}; "
+            "give `shapes`, a folder saved by diffusers, or a hub id (a download that broke off resumes when repeated)"
+        ) from error
+    pipeline.to(device if model.device == "auto" else model.device)
+    if model.scheduler:
+        pipeline.scheduler = _scheduler(model.scheduler, pipeline.scheduler)
+    denoiser = getattr(pipeline, "unet", None) or getattr(pipeline, "transformer", None)
+    if model.attention == "xformers":
+        try:
+            denoiser.enable_xformers_memory_efficient_attention()
+        except Exception as error:
+            raise MissingExtraError(
+                f"model.attention: xformers cannot be used here ({error}); "
+                "pip install 'raftdiff[xformers]' on a machine with a CUDA GPU, or set it to sdpa"
+            ) from error
+    if model.gradient_checkpointing:
+        denoiser.enable_gradient_checkpointing()
+    return pipeline
+
+
+def _scheduler(name: str, current: Any) -> Any:
+    import diffusers
+
+    names = [n for n in dir(diffusers) if n.endswith("Scheduler")]
+    if name not in names:
+        raise ConfigError(f"model.scheduler: diffusers has no {name!r}{nearest(name, names)}")
+    return getattr(diffusers, name).from_config(current.config)
+
+
+def load_lora(pipeline: Any, path: str) -> None:
+    """Put a LoRA on a pipeline.
+
+    Raises:
+        WeightsError: it is missing, or was made for another model.
+    """
+    if not Path(path).exists():
+        raise WeightsError(f"{path}: there is no LoRA; a finished run has one in its folder `lora`")
+    denoiser = getattr(pipeline, "unet", None) or pipeline.transformer
+    try:
+        pipeline.load_lora_weights(path)
+        loaded = any("lora_" in name for name, _ in denoiser.named_parameters())
+    except Exception as error:  # diffusers, peft and safetensors each raise their own
+        raise WeightsError(
+            f"{path} does not fit {type(pipeline).__name__}: {' '.join(str(error).split())[:300]}; "
+            "use the base that it was trained from"
+        ) from error
+    if not loaded:
+        raise WeightsError(f"{path} holds no LoRA for the {type(denoiser).__name__} of this pipeline")
+
+
+def build_policy(config: RunConfig, pipeline: Any) -> Any:
+    """The pipeline as a policy, with the settings of the run."""
+    from .pipelines.diffusion import DiffusionPolicy
+
+    sampling, training, model = config.sampling, config.training, config.model
+    call = dict(model.call)
+    fixed = {"height": model.height, "width": model.width, "negative_prompt": model.negative_prompt}
+    call |= {name: value for name, value in fixed.items() if value is not None}
+    return DiffusionPolicy(
+        pipeline,
+        config.adapter,
+        num_inference_steps=sampling.num_inference_steps,
+        guidance_scale=sampling.guidance_scale,
+        batch_size=sampling.batch_size,
+        call=call,
+        training_guidance_scale=training.guidance_scale,
+        caption_dropout=training.caption_dropout,
+        snr_gamma=training.snr_gamma,
+        timesteps=training.timesteps,
+        precision=training.precision,
+    )
+
+
+def build_reward(
+    reward: RewardConfig, *, device: str = "cpu", live: Mapping[str, Reward] | None = None, allow_code: bool = False
+) -> WeightedReward:
+    """A configured reward.
+
+    Raises:
+        ConfigError: an unknown name or option.
+    """
+    made = (live or {}).get(reward.name)
+    if made is None:
+        kind = REWARDS.load(reward.name, allow_code=allow_code)
+        options = dict(reward.options)
+        accepted = inspect.signature(kind).parameters
+        takes_any = any(p.kind is p.VAR_KEYWORD for p in accepted.values())
+        if "device" in accepted and "device" not in options:
+            options["device"] = device
+        for option in options:
+            if option not in accepted and not takes_any:
+                raise ConfigError(
+                    f"rewards: {reward.name} has no option {option!r}{nearest(option, accepted)} "
+                    f"(it has {', '.join(accepted)})"
+                )
+        made = kind(**options)
+    if reward.label:
+        made = _Labelled(made, reward.label)
+    return WeightedReward(reward=made, weight=reward.weight)
+
+
+class _Labelled:
+    """A reward under another name."""
+
+    def __init__(self, reward: Reward, label: str):
+        self._reward, self.name = reward, label
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._reward, name)
+
+
+def _own_data(config: RunConfig, policy: Any) -> list:
+    if config.data is None:
+        return []
+    height = policy.call.get("height") or policy.image_size
+    width = policy.call.get("width") or policy.image_size
+    return [
+        policy.encode_image(Prompt(text=text), image)
+        for text, image in load_pictures(config.data.path, height=height, width=width)
+    ]
+
+
+def build_tracker(config: RunConfig, accelerator: Accelerator) -> Callable[[int, Mapping[str, float]], None]:
+    """A function that sends a round's curves to the configured tracker, from the main process alone."""
+    if config.tracker == "none" or not accelerator.is_main_process:
+        return lambda round, values: None
+    if config.tracker == "wandb":
+        try:
+            import wandb
+        except ImportError:
+            raise MissingExtraError("tracker: wandb is not installed; pip install 'raftdiff[wandb]'") from None
+        wandb_run = wandb.init(project="raftdiff", name=config.name, config=config.model_dump(mode="json"))
+        return lambda round, values: wandb_run.log(dict(values), step=round)
+    from torch.utils.tensorboard import SummaryWriter
+
+    writers: list[SummaryWriter] = []
+
+    def track(round: int, values: Mapping[str, float]) -> None:
+        if not writers:  # the run folder is made by the run itself
+            writers.append(SummaryWriter(str(config.folder / "tensorboard")))
+        for name, value in values.items():
+            writers[0].add_scalar(name, value, round)
+        writers[0].flush()
+
+    return track

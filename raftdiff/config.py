@@ -1,0 +1,289 @@
+"""What a run is, typed and frozen. YAML in, YAML out; each field is documented under it, and the command line and
+docs/configuration.md read that text."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from .errors import ConfigError
+from .registry import nearest
+
+Dtype = Literal["fp32", "bf16", "fp16"]
+Positive = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class Settings(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+
+
+class ModelConfig(Settings):
+    path: str = "shapes"
+    """The pipeline to align: `shapes` (the embedded model), a local folder with a model_index.json, or a hub id."""
+    revision: str | None = None
+    """Hub revision (branch, tag or commit)."""
+    variant: str | None = None
+    """File variant to load, such as `fp16`."""
+    dtype: Dtype = "fp32"
+    """Number format of the frozen weights; what is trained stays in fp32."""
+    device: str = "auto"
+    """`auto` takes the GPU of this process where there is one; or `cpu`, `cuda`, `cuda:1`, `mps`."""
+    scheduler: str | None = None
+    """Class name of a diffusers scheduler to sample with, built from the model's own scheduler configuration."""
+    height: Positive | None = None
+    """Height of the images in pixels; the pipeline's own default if absent."""
+    width: Positive | None = None
+    """Width of the images in pixels; the pipeline's own default if absent."""
+    negative_prompt: str | None = None
+    """Negative prompt, for sampling, training and evaluation alike."""
+    call: dict[str, Any] = {}
+    """Further arguments for the pipeline's `__call__`, such as `clip_skip: 2`."""
+    attention: Literal["sdpa", "xformers"] = "sdpa"
+    """Attention kernels: torch's own, or xformers (CUDA only)."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time in training."""
+
+
+class AdapterConfig(Settings):
+    method: Literal["lora", "full"] = "lora"
+    """Train a LoRA, or all weights of the denoiser."""
+    rank: Positive = 16
+    """LoRA rank."""
+    alpha: float | None = None
+    """LoRA alpha; the rank if absent, so that the scale is 1."""
+    dropout: Share = 0.0
+    """LoRA dropout."""
+    targets: Literal["attention", "linear", "all"] | list[str] = "attention"
+    """Layers that carry the LoRA: the attention projections; every linear layer; every linear and convolution layer;
+    or a list of layer-name endings."""
+
+
+class SamplingConfig(Settings):
+    samples_per_prompt: Positive = 8
+    """K: candidates for each prompt in a round."""
+    batch_size: Positive = 8
+    """Images denoised at once."""
+    num_inference_steps: Positive = 25
+    """Denoising steps."""
+    guidance_scale: float | None = None
+    """Classifier-free guidance while sampling; the pipeline's own default if absent, 1 for none."""
+
+
+class TrainingConfig(Settings):
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    """Peak learning rate of AdamW."""
+    epochs: Positive = 1
+    """Passes over the round's training set; used where `steps` is absent."""
+    steps: Positive | None = None
+    """Optimiser steps in each round."""
+    batch_size: Positive = 8
+    """Samples in an optimiser step, over all processes."""
+    micro_batch_size: Positive | None = None
+    """Samples that go through the denoiser at once in one process; the whole batch if absent."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Learning rate over the whole run, after the warm-up."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Optimiser steps of linear warm-up at the start of the run."""
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-2
+    """AdamW's weight decay."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's moments."""
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    """Gradient norm above which the gradient is scaled down."""
+    precision: Dtype = "fp32"
+    """Arithmetic of the forward pass in training."""
+    guidance_scale: float | None = None
+    """Guidance inside the training loss; that of sampling if absent. A model trained on guided samples with an
+    unguided loss would have guidance applied twice when it is sampled with guidance again."""
+    caption_dropout: Share = 0.1
+    """Share of training rows whose prompt is emptied, so that guidance keeps working."""
+    snr_gamma: Annotated[float, Field(gt=0)] | None = None
+    """Min-SNR weighting (arXiv 2303.09556) of the error of eps- and v-prediction models; 5 is usual."""
+    timesteps: Literal["uniform", "logit-normal"] = "uniform"
+    """Distribution of training timesteps; flow-matching models are usually trained with logit-normal."""
+    ema_decay: Share = 0.0
+    """Decay of a moving average of the adapter that is sampled, evaluated and exported in place of the last
+    iterate; 0 for none."""
+    save_every_steps: Positive | None = None
+    """Optimiser steps between checkpoints inside a round; at the end of each round there is always one."""
+
+
+class RewardConfig(Settings):
+    name: str
+    """A registered reward (`raftdiff list`), or `module:Class` with --allow-code."""
+    weight: float = 1.0
+    """Weight in the combined reward; 0 scores and reports it without training on it."""
+    options: dict[str, Any] = {}
+    """Arguments of the reward, such as `model: ViT-L-14-quickgelu` for `clip`."""
+    label: str | None = None
+    """Name in reports; the reward's own if absent."""
+
+
+class PromptsConfig(Settings):
+    source: str | list[str] = "shapes:bare/24"
+    """A file (.txt, .jsonl, .csv, .parquet), a list of prompts, or generated captions `shapes:KIND/COUNT/SEED` of
+    the embedded world."""
+    per_round: Positive | None = None
+    """Prompts in a round; all if absent. Rounds walk through the list before any prompt comes again."""
+
+
+class DataConfig(Settings):
+    path: str
+    """Your own images with captions: a folder with metadata.jsonl (`file_name`, `text`) or a parquet file
+    (`image`, `text`)."""
+    share: Share = 0.25
+    """Share of each round's training set that comes from there."""
+
+
+class EvaluationConfig(Settings):
+    every: Positive = 1
+    """Rounds between evaluations; the base and the last round are always evaluated."""
+    prompts: str | list[str] | None = None
+    """Held-out prompts, as in `prompts.source`; they are taken out of the training prompts. If absent, the training
+    prompts with seeds that training never sees."""
+    seeds_per_prompt: Positive = 2
+    """Images for each held-out prompt, from the same seeds for every model."""
+    rewards: list[RewardConfig] = []
+    """Rewards that are measured and never trained on."""
+    guidance_scales: list[float] = []
+    """Guidance scales to evaluate at; that of sampling if empty. The first is the one that decides which round is
+    the best."""
+    plateau_rounds: Positive | None = None
+    """Stop after this many evaluations without a rise of the trained reward beyond its interval; 3 in the RAFT
+    paper."""
+
+
+class RaftConfig(Settings):
+    name: Literal["raft"] = "raft"
+    """The algorithm."""
+    options: dict[str, Any] = {}
+    """Options of the algorithm: docs/raft.md."""
+    replay: Share = 0.0
+    """Share of the training set drawn from what earlier rounds selected."""
+    teacher: str | None = None
+    """Sample with this model instead of the one that is trained (a path or hub id with the same prompt encoders
+    and latent space): distillation."""
+
+
+class RunConfig(Settings):
+    """One run."""
+
+    name: str = "run"
+    """The run's folder inside `output`."""
+    output: str = "runs"
+    """Where run folders stand."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Every random number of the run follows from it."""
+    rounds: Positive = 4
+    """Rounds of sample, score, select, train."""
+    model: ModelConfig = ModelConfig()
+    adapter: AdapterConfig = AdapterConfig()
+    prompts: PromptsConfig = PromptsConfig()
+    rewards: list[RewardConfig] = [RewardConfig(name="clip", options={"model": "shapes"})]
+    """What is trained on: a weighted combination."""
+    combine: Literal["sum", "standardized"] = "standardized"
+    """How rewards are combined: weighted sum of raw values, or of values standardised over the round's samples."""
+    algorithm: RaftConfig = RaftConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    training: TrainingConfig = TrainingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    data: DataConfig | None = None
+    """Your own image-caption pairs, mixed into each round's training set as an anchor."""
+    tracker: Literal["tensorboard", "wandb", "none"] = "tensorboard"
+    """Where curves go besides metrics.jsonl and report.html."""
+    max_failed: Share = 0.25
+    """Share of a round's samples that may fail to be scored before the run stops."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RunConfig:
+        if not re.fullmatch(r"[\w.-]+", self.name) or self.name in (".", ".."):
+            raise ValueError(f"name: {self.name!r} is not a folder name; use letters, digits, '.', '_' and '-'")
+        if not self.rewards or all(reward.weight == 0 for reward in self.rewards):
+            raise ValueError("rewards: at least one reward needs a weight other than 0")
+        labels = [r.label or r.name for r in (*self.rewards, *self.evaluation.rewards)]
+        for label in labels:
+            if labels.count(label) > 1:
+                raise ValueError(f"rewards: two rewards are called {label!r}; give one of them a `label`")
+        if self.model.device == "cpu" and "fp16" in (self.model.dtype, self.training.precision):
+            raise ValueError("fp16 needs a GPU: set model.dtype and training.precision to bf16 or fp32 for the CPU")
+        return self
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.output) / self.name
+
+
+def load_config(path: Path | str) -> RunConfig:
+    """Read a YAML file.
+
+    Raises:
+        ConfigError: with file, key and the nearest known name.
+    """
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file; `raftdiff show-config --preset demo > run.yaml` writes one") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not a YAML file: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected a mapping of settings, found {type(values).__name__}")
+    return parse_config(values, where=str(path))
+
+
+def parse_config(values: dict[str, Any], *, where: str) -> RunConfig:
+    """Validate settings; `where` names their origin in errors."""
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(f"{where}: {'; '.join(map(_line, error.errors()))}") from None
+
+
+def _line(error: Any) -> str:
+    location = [str(part) for part in error["loc"]]
+    key = ".".join(location)
+    if error["type"] == "extra_forbidden":
+        known = _known_keys(location[:-1])
+        return f"unknown key {key!r}{nearest(location[-1], known)}"
+    message = error["msg"].removeprefix("Value error, ")
+    return f"{key}: {message}, found {error['input']!r}" if key else message
+
+
+def _known_keys(location: list[str]) -> list[str]:
+    """The keys of the settings at a place such as `["evaluation", "rewards", "0"]`."""
+    model: Any = RunConfig
+    for part in location:
+        if part in getattr(model, "model_fields", {}):
+            model = _settings_in(model.model_fields[part].annotation)
+    return list(model.model_fields)
+
+
+def _settings_in(annotation: Any) -> Any:
+    if isinstance(annotation, type) and issubclass(annotation, Settings):
+        return annotation
+    return next((found for a in getattr(annotation, "__args__", ()) if (found := _settings_in(a))), None)
+
+
+def dump_config(config: RunConfig) -> str:
+    """The settings as YAML, every field with its value."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+# What a resumed run must have in common with the run it goes on from.
+IDENTITY = ("seed", "model", "adapter", "prompts", "rewards", "combine", "algorithm", "data")
+
+
+def difference(old: RunConfig, new: RunConfig) -> dict[str, tuple[Any, Any]]:
+    """Dotted key to (old, new) of every setting that differs."""
+    a, b = _flat(old.model_dump(mode="json")), _flat(new.model_dump(mode="json"))
+    return {key: (a.get(key), b.get(key)) for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key)}
+
+
+def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(values, dict) and values:
+        return {k: v for name, value in values.items() for k, v in _flat(value, f"{prefix}{name}.").items()}
+    return {prefix.rstrip("."): values}

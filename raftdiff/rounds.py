@@ -1,0 +1,584 @@
+"""The loop: sample, score, select, train, evaluate, publish; one call a stage."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Protocol
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+
+from . import sampling, scoring
+from .checkpoint import Checkpoint, Checkpoints, RunLock, clean_staging, publish_folder, write_file
+from .config import IDENTITY, RunConfig, difference, dump_config, load_config
+from .errors import ConfigError, ResumeError
+from .evaluation import Verdict, measure, verdict
+from .interrupts import StopRequest, stop_requests
+from .ledger import Ledger
+from .prompts import round_prompts
+from .protocols import Algorithm, Policy
+from .report import append_metrics, read_metrics, truncate_metrics, write_report
+from .sampling import Job
+from .scoring import WeightedReward
+from .store import SampleStore
+from .training import Trainer
+from .types import Evaluation, Group, Prompt, RoundReport, Sample, Scored, TrainingSet
+
+logger = logging.getLogger(__name__)
+
+HELD_OUT_ROUND = 1 << 30  # seeds of evaluation: those of a round that no run reaches
+SHOWN = 8  # of the best and of the worst samples, in the report
+EMPTY_ROUNDS = 2  # rounds in a row that select nothing, after which the run stops
+
+
+class Display(Protocol):
+    """What a run tells the person who watches it."""
+
+    def stage(self, round: int, name: str, total: int) -> None: ...
+    def advance(self, count: int = 1, metrics: Mapping[str, float] | None = None) -> None: ...
+    def round_done(self, report: RoundReport) -> None: ...
+    def say(self, message: str) -> None: ...
+
+
+class Quiet:
+    """Tells nothing."""
+
+    def stage(self, round: int, name: str, total: int) -> None:
+        pass
+
+    def advance(self, count: int = 1, metrics: Mapping[str, float] | None = None) -> None:
+        pass
+
+    def round_done(self, report: RoundReport) -> None:
+        pass
+
+    def say(self, message: str) -> None:
+        logger.info(message)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """Everything that a run needs, put together by `raftdiff.build`."""
+
+    config: RunConfig
+    policy: Policy
+    algorithm: Algorithm
+    rewards: Sequence[WeightedReward]
+    """What is trained on, and with weight 0 what is watched on every sample."""
+    watched: Sequence[WeightedReward]
+    """What is only measured, in evaluations."""
+    prompts: Sequence[Prompt]
+    held_out: Sequence[Prompt]
+    data: Sequence[Sample] = ()
+    """The user's own pictures, mixed into each round's training set."""
+    teacher: Policy | None = None
+    accelerator: Accelerator = field(default_factory=Accelerator)
+    display: Display = field(default_factory=Quiet)
+    track: Callable[[int, Mapping[str, float]], None] = lambda round, values: None
+    """Sends a round's curves to the tracker."""
+    load_line: str = ""
+    """The line of Python that loads the result."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What a finished run leaves."""
+
+    folder: Path
+    lora_path: Path
+    """The best round's adapter, as the model's own library loads it."""
+    report_path: Path
+    reports: tuple[RoundReport, ...]
+    verdict: Verdict
+
+    @property
+    def base(self) -> tuple[Evaluation, ...]:
+        return self.reports[0].evaluations
+
+    @property
+    def aligned(self) -> tuple[Evaluation, ...]:
+        """The evaluations of the round whose adapter is exported."""
+        return _exported(self.reports, self.verdict).evaluations
+
+
+def run_rounds(run: Run, *, resume: bool = False) -> Result:
+    """Align `run.policy`: the whole of the method.
+
+    Args:
+        resume: go on with what the run folder holds; without it the folder must be new.
+
+    Raises:
+        ResumeError: the folder holds a run already, or one that cannot be gone on with as asked.
+        RunLockedError: another process is writing to the folder.
+        Interrupted: SIGTERM or Ctrl-C; `resume` goes on from there.
+    """
+    main = run.accelerator.is_main_process
+    with RunLock(run.config.folder) if main else nullcontext(), stop_requests() as stop:
+        stages = _Stages(run, stop)
+        done, step = stages.begin(resume)
+        reports = read_metrics(stages.metrics)
+        if not reports:
+            reports.append(stages.base())
+        empty = 0
+        for round in range(done + 1, run.config.rounds + 1):
+            samples = stages.sample(round)
+            groups = stages.score(round, samples)
+            selected = stages.select(round, groups)
+            training = stages.train(round, selected, first_step=step)
+            step = 0
+            evaluations = stages.evaluate(round)
+            reports.append(stages.publish(round, groups, selected, training, evaluations, reports))
+            empty = 0 if len(selected) else empty + 1
+            if empty == EMPTY_ROUNDS:
+                run.display.say(f"stopped: {EMPTY_ROUNDS} rounds in a row selected nothing to train on")
+                break
+            if stages.has_plateaued(reports):
+                run.display.say(f"stopped after round {round}: {stages.verdict(reports).message}")
+                break
+        return stages.finish(reports)
+
+
+class _Stages:
+    """The stages of one run with what they share."""
+
+    def __init__(self, run: Run, stop: StopRequest):
+        self.run, self.config, self.stop = run, run.config, stop
+        self.folder = run.config.folder
+        self.metrics = self.folder / "metrics.jsonl"
+        self.store = SampleStore(self.folder)
+        self.evaluation_store = SampleStore(self.folder / "evaluation")
+        self.checkpoints = Checkpoints(self.folder / "checkpoints")
+        sampler = run.teacher or run.policy
+        self.ledger = Ledger(lambda: run.policy.passes + (sampler.passes if sampler is not run.policy else 0))
+        self.trainer = Trainer(
+            run.policy,
+            run.algorithm,
+            run.config.training,
+            seed=run.config.seed,
+            rounds=run.config.rounds,
+            accelerator=run.accelerator,
+        )
+        self.scales = run.config.evaluation.guidance_scales or [run.config.sampling.guidance_scale or 1.0]
+        self.weights = {w.reward.name: w.weight for w in run.rewards}
+        self._base: tuple[Evaluation, ...] = ()
+
+    # -- beginning and end ----------------------------------------------------------------------------------------
+
+    def begin(self, resume: bool) -> tuple[int, int]:
+        """(rounds done, optimizer steps done in the next) of the run that the folder holds, with its state loaded."""
+        config_file = self.folder / "config.yaml"
+        started = config_file.exists()
+        if started and not resume:
+            raise ResumeError(
+                f"{self.folder} holds a run already: `raftdiff resume {self.folder}` goes on with it, "
+                "or choose another --name"
+            )
+        if resume and not started:
+            raise ResumeError(f"{self.folder} holds no run to resume: it has no config.yaml")
+        found: Checkpoint | None = None
+        if started:
+            changed = difference(load_config(config_file), self.config)
+            fixed = {k: v for k, v in changed.items() if k.split(".")[0] in IDENTITY}
+            if fixed:
+                lines = "; ".join(f"{key}: {old!r} -> {new!r}" for key, (old, new) in fixed.items())
+                raise ResumeError(f"{self.folder} was begun with other settings ({lines}): use a new --name for those")
+            for key, (old, new) in changed.items():
+                self.run.display.say(f"resuming with {key}: {old!r} -> {new!r}")
+            found, skipped = self.checkpoints.newest()
+            for line in skipped:
+                self.run.display.say(line)
+            if found is None and (skipped or read_metrics(self.metrics)[1:]):
+                raise ResumeError(f"{self.folder}: no checkpoint can be read; start again with another --name")
+        if self.run.accelerator.is_main_process:
+            for folder in (self.folder, self.evaluation_store.samples_folder.parent):
+                clean_staging(folder)
+            write_file(config_file, dump_config(self.config).encode())
+            truncate_metrics(self.metrics, found.round if found else 0)
+        self.run.accelerator.wait_for_everyone()
+        if found is None:
+            return 0, 0
+        self._load(found)
+        where = f"round {found.round}" + (f" and {found.step} steps" if found.step else "")
+        self.run.display.say(f"resumed after {where} from {found.folder}")
+        return found.round, found.step
+
+    def _load(self, checkpoint: Checkpoint) -> None:
+        if checkpoint.meta["fingerprint"] != self.run.policy.fingerprint():
+            raise ResumeError(
+                f"{checkpoint.folder} was made from another base model "
+                f"({checkpoint.meta['fingerprint']}, here {self.run.policy.fingerprint()})"
+            )
+        self.trainer.load_state({name: checkpoint.tensors(name) for name in checkpoint.meta["parts"]})
+
+    def finish(self, reports: Sequence[RoundReport]) -> Result:
+        """The last word: the best round's adapter exported, and the report."""
+        judged = self.verdict(reports)
+        best = _exported(reports, judged).round
+        lora = self.folder / "lora"
+        if self.run.accelerator.is_main_process:
+            now = self.run.policy.adapter_state()
+            if best:  # else every round was empty, and the adapter is as it began
+                checkpoint = self.checkpoints.load(best)
+                self.run.policy.load_adapter(checkpoint.tensors(_exported_part(checkpoint)))
+            with publish_folder(lora, meta={"round": best, "fingerprint": self.run.policy.fingerprint()}) as staging:
+                self.run.policy.export(staging)
+            self.run.policy.load_adapter(now)
+            self.report(reports)
+        self.run.accelerator.wait_for_everyone()
+        return Result(
+            folder=self.folder,
+            lora_path=lora,
+            report_path=self.folder / "report.html",
+            reports=tuple(reports),
+            verdict=judged,
+        )
+
+    # -- the stages -----------------------------------------------------------------------------------------------
+
+    def sample(self, round: int) -> list[Sample]:
+        settings = self.config.sampling
+        prompts = round_prompts(
+            self.run.prompts, round=round, per_round=self.config.prompts.per_round, seed=self.config.seed
+        )
+        wanted = sampling.jobs(prompts, settings.samples_per_prompt, run_seed=self.config.seed, round=round)
+        self.run.display.stage(round, "sample", len(wanted))
+        with self.ledger.stage("sample"), self.trainer.averaged():
+            return self._sample(self.run.teacher or self.run.policy, wanted, self.store, round)
+
+    def _sample(
+        self, policy: Policy, wanted: Sequence[Job], store: SampleStore, round: int, scale: float | None = None
+    ) -> list[Sample]:
+        return sampling.sample(
+            policy,
+            wanted,
+            store=store,
+            round=round,
+            batch_size=self.config.sampling.batch_size,
+            accelerator=self.run.accelerator,
+            stop=self.stop,
+            guidance_scale=scale,
+            on_batch=self.run.display.advance,
+        )
+
+    def score(self, round: int, samples: Sequence[Sample]) -> list[Group]:
+        self.run.display.stage(round, "score", len(samples) * len(self.run.rewards))
+        with self.ledger.stage("score"):
+            values = self._score(samples, self.run.rewards, self.store, round)
+            scored = scoring.combined(samples, values, self.weights, self.config.combine)
+        if self.run.algorithm.needs_log_ratio:
+            self.run.display.stage(round, "log-ratio", len(samples))
+            with self.ledger.stage("log-ratio"):
+                scored = scoring.with_log_ratio(
+                    scored,
+                    self.run.policy,
+                    seed=self.config.seed,
+                    round=round,
+                    batch_size=self.config.sampling.batch_size,
+                    stop=self.stop,
+                )
+        groups: dict[str, list[Scored]] = {}
+        for s in scored:
+            groups.setdefault(s.sample.prompt.id, []).append(s)
+        return [Group(prompt=members[0].sample.prompt, samples=tuple(members)) for members in groups.values()]
+
+    def _score(
+        self, samples: Sequence[Sample], rewards: Sequence[WeightedReward], store: SampleStore, round: int
+    ) -> dict[str, torch.Tensor]:
+        return {
+            weighted.reward.name: scoring.score_stored(
+                samples,
+                weighted.reward,
+                store=store,
+                round=round,
+                batch_size=self.config.sampling.batch_size,
+                max_failed=self.config.max_failed,
+                accelerator=self.run.accelerator,
+                stop=self.stop,
+                progress=self._progress(),
+            )
+            for weighted in rewards
+        }
+
+    def _progress(self) -> scoring.Progress:
+        seen = 0
+
+        def progress(name: str, done: int, total: int) -> None:
+            nonlocal seen
+            self.run.display.advance(done - seen)
+            seen = done
+
+        return progress
+
+    def select(self, round: int, groups: Sequence[Group]) -> TrainingSet:
+        with self.ledger.stage("select"):
+            chosen = self.run.algorithm.select(groups, round=round, seed=self.config.seed)
+            if self.run.accelerator.is_main_process:
+                self.store.write_selection(round, [s.id for s in chosen.samples], chosen.weights)
+            if not len(chosen):
+                return chosen
+            return chosen + self._replayed(round, len(chosen)) + self._own_data(round, len(chosen))
+
+    def _replayed(self, round: int, count: int) -> TrainingSet:
+        """Samples that earlier rounds selected, as many as make `replay` of the whole."""
+        rng = np.random.default_rng([self.config.seed, round, 1])
+        pool: list[Sample] = []
+        if self.config.algorithm.replay:
+            for earlier in range(1, round):
+                ids = set((self.store.read_selection(earlier) or ([], []))[0])
+                pool += [s for s in self.store.read_samples(earlier) if s.id in ids]
+        return _mixed_in(pool, self.config.algorithm.replay, count, rng)
+
+    def _own_data(self, round: int, count: int) -> TrainingSet:
+        rng = np.random.default_rng([self.config.seed, round, 2])
+        share = self.config.data.share if self.config.data else 0.0
+        return _mixed_in(self.run.data, share, count, rng)
+
+    def train(self, round: int, selected: TrainingSet, *, first_step: int) -> dict[str, float]:
+        every = self.config.training.save_every_steps
+
+        def after_step(step: int, metrics: Mapping[str, float]) -> None:
+            self.run.display.advance(1, metrics)
+            last = step == self.trainer.steps_in(selected)
+            # All processes must agree to stop: one that went on alone would wait for the others for ever.
+            stopping = bool(self.trainer.total(float(bool(self.stop))))
+            if not last and (stopping or (every and step % every == 0)):
+                self._checkpoint(round - 1, step)
+            if stopping:
+                self.run.accelerator.wait_for_everyone()
+                self.stop.signum = self.stop.signum or 15
+                self.stop.check()
+
+        self.run.display.stage(round, "train", self.trainer.steps_in(selected) - first_step)
+        with self.ledger.stage("train"):
+            return self.trainer.train(selected, round=round, first_step=first_step, after_step=after_step)
+
+    def _checkpoint(self, round: int, step: int, keep_rounds: Sequence[int] = ()) -> None:
+        if self.run.accelerator.is_main_process:
+            parts = self.trainer.state()
+            meta = {"fingerprint": self.run.policy.fingerprint(), "parts": sorted(parts)}
+            self.checkpoints.save(round, step, parts, meta, keep_rounds)
+
+    # -- evaluation -----------------------------------------------------------------------------------------------
+
+    def base(self) -> RoundReport:
+        """Round 0: the base model on the held-out prompts."""
+        with self.run.policy.reference():
+            evaluations = self.evaluations(0)
+        report = RoundReport(
+            round=0,
+            requested=0,
+            scored=0,
+            failed=0,
+            skipped=0,
+            selected=0,
+            rewards={},
+            training={},
+            evaluations=evaluations,
+            ledger=self.ledger.take(),
+        )
+        if self.run.accelerator.is_main_process:
+            append_metrics(self.metrics, report)
+        self.run.display.round_done(report)
+        return report
+
+    def evaluate(self, round: int) -> tuple[Evaluation, ...]:
+        if round % self.config.evaluation.every and round != self.config.rounds:
+            return ()
+        with self.trainer.averaged():
+            return self.evaluations(round)
+
+    def evaluations(self, round: int) -> tuple[Evaluation, ...]:
+        """The policy as it is now on the held-out prompts, at each guidance scale."""
+        wanted = sampling.jobs(
+            self.run.held_out,
+            self.config.evaluation.seeds_per_prompt,
+            run_seed=self.config.seed,
+            round=HELD_OUT_ROUND,
+        )
+        rewards = [*self.run.rewards, *self.run.watched]
+        self.run.display.stage(round, "evaluate", len(wanted) * len(self.scales) * (1 + len(rewards)))
+        evaluations = []
+        for i, scale in enumerate(self.scales):
+            with self.ledger.stage("evaluate"):
+                store = SampleStore(self.folder / "evaluation" / f"guidance-{scale:g}")
+                samples = self._sample(self.run.policy, wanted, store, round, scale)
+                values = self._score(samples, rewards, store, round)
+                base = self._base_evaluations()[i] if round else None
+                evaluations.append(
+                    measure(
+                        samples,
+                        self._with_combined(values, base),
+                        guidance_scale=scale,
+                        base=base,
+                        embed=next((e for w in rewards if (e := getattr(w.reward, "embed", None))), None),
+                    )
+                )
+        return tuple(evaluations)
+
+    def _base_evaluations(self) -> tuple[Evaluation, ...]:
+        if not self._base:
+            self._base = read_metrics(self.metrics)[0].evaluations
+        return self._base
+
+    def _with_combined(self, values: Mapping[str, torch.Tensor], base: Evaluation | None) -> dict[str, torch.Tensor]:
+        """The values with the combined reward beside them. Standardised parts are measured against the base model's
+        mean and deviation, so that the base has 0 and all rounds share one scale."""
+        combined = torch.zeros(len(next(iter(values.values()))), dtype=torch.float64)
+        for name, weight in self.weights.items():
+            if not weight:
+                continue
+            value_N = values[name].double()
+            if self.config.combine == "standardized":
+                reference = value_N if base is None else torch.tensor(base.per_sample[name], dtype=torch.float64)
+                value_N = scoring.standardize(value_N, reference)
+            combined = combined + weight * value_N
+        return {"reward": combined, **values}
+
+    def verdict(self, reports: Sequence[RoundReport]) -> Verdict:
+        history = [report.evaluations[0] for report in _evaluated(reports)]
+        return verdict(
+            history,
+            trained="reward",
+            held_out=[w.reward.name for w in self.run.watched],
+            patience=self.config.evaluation.plateau_rounds or 3,
+        )
+
+    def has_plateaued(self, reports: Sequence[RoundReport]) -> bool:
+        return self.config.evaluation.plateau_rounds is not None and self.verdict(reports).kind == "plateau"
+
+    # -- publishing -----------------------------------------------------------------------------------------------
+
+    def publish(
+        self,
+        round: int,
+        groups: Sequence[Group],
+        selected: TrainingSet,
+        training: Mapping[str, float],
+        evaluations: tuple[Evaluation, ...],
+        earlier: Sequence[RoundReport],
+    ) -> RoundReport:
+        """Make the round durable: the metrics, then the checkpoint that commits it, then the report."""
+        scored = [s for group in groups for s in group.samples]
+        ranked = [s for s in scored if s.reward is not None]
+        skipped = sum(s.sample.flaw is not None for s in scored)
+        report = RoundReport(
+            round=round,
+            requested=len(scored),
+            scored=len(ranked),
+            failed=len(scored) - len(ranked) - skipped,
+            skipped=skipped,
+            selected=len(selected),
+            rewards=_reward_means(groups, ranked),
+            training=dict(training),
+            evaluations=evaluations,
+            ledger=self.ledger.take(),
+        )
+        reports = [*earlier, report]
+        if self.run.accelerator.is_main_process:
+            append_metrics(self.metrics, report)
+            self._checkpoint(round, 0, keep_rounds=[_exported(reports, self.verdict(reports)).round])
+            self.report(reports)
+            self.run.track(round, _curves(report))
+        self.run.accelerator.wait_for_everyone()
+        self.run.display.round_done(report)
+        return report
+
+    def report(self, reports: Sequence[RoundReport]) -> Path:
+        """Write report.html."""
+        scale = f"guidance-{self.scales[0]:g}"
+        pictures = SampleStore(self.folder / "evaluation" / scale)
+        last = _exported(reports, self.verdict(reports)).round
+        before, after = pictures.read_samples(0), pictures.read_samples(last)
+        samples = self.store.read_samples(reports[-1].round)
+        scores = self.store.read_scores(reports[-1].round)
+        values = {n: torch.tensor([of.get(s.id, float("nan")) for s in samples]) for n, of in scores.items()}
+        scored = scoring.combined(samples, values, self.weights, self.config.combine) if values else []
+        ranked = sorted((s for s in scored if s.reward is not None), key=lambda s: -(s.reward or 0.0))
+        return write_report(
+            self.folder,
+            title=self.config.name,
+            reports=reports,
+            verdict=self.verdict(reports),
+            before=before,
+            after=after,
+            best=ranked[:SHOWN],
+            worst=ranked[-SHOWN:],
+            config_yaml=dump_config(self.config),
+            load_line=self.run.load_line,
+            trained=[name for name, weight in self.weights.items() if weight],
+        )
+
+
+def evaluate_run(run: Run) -> tuple[tuple[Evaluation, ...], tuple[Evaluation, ...]]:
+    """The base and the exported adapter of a finished run on `run.held_out`, from nothing: what a person asks for who
+    wants other prompts, seeds or guidance scales than the run had. The run folder is not written to."""
+    reports = read_metrics(run.config.folder / "metrics.jsonl")
+    if len(reports) < 2:
+        raise ResumeError(f"{run.config.folder} has no finished round to evaluate")
+    with TemporaryDirectory() as scratch, stop_requests() as stop:
+        elsewhere = replace(run, config=run.config.model_copy(update={"output": scratch}))
+        stages = _Stages(elsewhere, stop)
+        base = stages.base()
+        kept = _Stages(run, stop)
+        best = _exported(reports, kept.verdict(reports)).round
+        checkpoint = kept.checkpoints.load(best)
+        run.policy.load_adapter(checkpoint.tensors(_exported_part(checkpoint)))
+        return base.evaluations, stages.evaluations(best)
+
+
+def rewrite_report(run: Run) -> Path:
+    """Make the report.html of a run folder again."""
+    with stop_requests() as stop:
+        return _Stages(run, stop).report(read_metrics(run.config.folder / "metrics.jsonl"))
+
+
+def _evaluated(reports: Sequence[RoundReport]) -> list[RoundReport]:
+    return [report for report in reports if report.evaluations]
+
+
+def _exported(reports: Sequence[RoundReport], judged: Verdict) -> RoundReport:
+    """The round whose adapter is exported: the best, or the last where none is better than the base."""
+    return _evaluated(reports)[judged.best or -1]
+
+
+def _exported_part(checkpoint: Checkpoint) -> str:
+    return "average" if "average" in checkpoint.meta["parts"] else "adapter"
+
+
+def _mixed_in(pool: Sequence[Sample], share: float, count: int, rng: np.random.Generator) -> TrainingSet:
+    """Samples drawn from `pool` so that they are `share` of a set with `count` others."""
+    if not pool or not share:
+        return TrainingSet(samples=(), weights=())
+    if share >= 1:
+        raise ConfigError(f"a share of {share} leaves no room for the round's own samples; it must be below 1")
+    wanted = round(count * share / (1 - share))
+    chosen = rng.choice(len(pool), size=wanted, replace=wanted > len(pool))
+    return TrainingSet.uniform([pool[i] for i in chosen])
+
+
+def _reward_means(groups: Sequence[Group], ranked: Sequence[Scored]) -> dict[str, float]:
+    if not ranked:
+        return {}
+    means = {name: float(np.mean([s.parts[name] for s in ranked if name in s.parts])) for name in ranked[0].parts}
+    means["reward"] = float(np.mean([s.reward for s in ranked]))
+    best = [max(s.reward for s in group.ranked if s.reward is not None) for group in groups if group.ranked]
+    means["best_of_group"] = float(np.mean(best))
+    means["log_ratio"] = float(np.mean([s.log_ratio for s in ranked]))
+    return means
+
+
+def _curves(report: RoundReport) -> dict[str, float]:
+    curves = {f"train/{name}": value for name, value in report.training.items()}
+    curves |= {f"samples/{name}": value for name, value in report.rewards.items()}
+    for evaluation in report.evaluations:
+        for name, interval in evaluation.metrics.items():
+            curves[f"held-out/{name}/guidance-{evaluation.guidance_scale:g}"] = interval.mean
+    for cost in report.ledger:
+        curves[f"seconds/{cost.stage}"] = cost.seconds
+    return curves

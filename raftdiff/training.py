@@ -1,0 +1,238 @@
+"""The optimizer loop. It knows no algorithm by name and no model.
+
+A step is a function of (run seed, round, step): its rows, its noise and its timesteps are drawn for the whole batch
+on the CPU, and each process takes its share of the rows. So any number of processes takes the same steps, and a run
+that is resumed goes on as it would have.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from accelerate import Accelerator
+
+from .checkpoint import load_optimizer_tensors, optimizer_tensors
+from .config import TrainingConfig
+from .errors import TrainingError, WeightsError
+from .protocols import Algorithm, Policy
+from .types import TrainingSet
+
+SKIPS = 3  # steps in a row whose gradient is not finite, after which the run stops
+
+
+class Trainer:
+    """Holds the optimizer over the whole run; `train` is one round.
+
+    Args:
+        rounds: of the run, for the learning rate's schedule.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        algorithm: Algorithm,
+        config: TrainingConfig,
+        *,
+        seed: int,
+        rounds: int,
+        accelerator: Accelerator,
+    ):
+        self.policy, self.algorithm, self.config = policy, algorithm, config
+        self.seed, self.rounds, self.accelerator = seed, rounds, accelerator
+        self.parameters = policy.parameters()
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
+        )
+        self.scaler = torch.amp.GradScaler(accelerator.device.type, enabled=config.precision == "fp16")
+        self.average = [p.detach().clone() for p in self.parameters] if config.ema_decay else None
+        self.micro_batch_size = config.micro_batch_size or config.batch_size
+        self.steps_done = 0
+
+    # -- one round ------------------------------------------------------------------------------------------------
+
+    def steps_in(self, training_set: TrainingSet) -> int:
+        if not len(training_set):
+            return 0
+        return self.config.steps or self.config.epochs * math.ceil(len(training_set) / self.config.batch_size)
+
+    def train(
+        self,
+        training_set: TrainingSet,
+        *,
+        round: int,
+        first_step: int = 0,
+        after_step: Callable[[int, Mapping[str, float]], None] = lambda step, metrics: None,
+    ) -> dict[str, float]:
+        """Take the steps of one round from `first_step` on; `after_step` is called with the number of steps taken
+        and the metrics of the last one. Returns their means, with the number of steps and of skipped ones.
+
+        Raises:
+            TrainingError: several steps in a row gave values that are not finite.
+        """
+        steps = self.steps_in(training_set)
+        totals: dict[str, float] = {}
+        taken = skipped = in_a_row = 0
+        for step in range(first_step, steps):
+            self._set_learning_rate(round, step / steps)
+            metrics = self._step(training_set, round, step)
+            finite = math.isfinite(metrics["loss"]) and math.isfinite(metrics["gradient_norm"])
+            if finite:
+                taken += 1
+                in_a_row = 0
+                for name, value in metrics.items():
+                    totals[name] = totals.get(name, 0.0) + value
+            else:
+                skipped += 1
+                in_a_row += 1
+                if in_a_row >= SKIPS:
+                    raise TrainingError(
+                        f"round {round}, step {step}: the gradient was not finite {SKIPS} times in a row; "
+                        "lower training.learning_rate, or train in bf16 or fp32. The last checkpoint is whole"
+                    )
+            after_step(step + 1, metrics)
+        means = {name: total / taken for name, total in totals.items()} if taken else {}
+        return means | {"steps": float(taken), "skipped_steps": float(skipped)}
+
+    def _step(self, training_set: TrainingSet, round: int, step: int) -> dict[str, float]:
+        rows = self._rows(training_set, round, step)
+        draw = self.policy.draw([training_set.samples[i] for i in rows], _generator(self.seed, round, step, "draw"))
+        mine = list(range(self.accelerator.process_index, len(rows), self.accelerator.num_processes))
+        while True:
+            sums = self._accumulate(training_set, rows, draw, mine)
+            if not self.total(float(sums is None)):  # all processes agree on the size
+                break
+            self.optimizer.zero_grad(set_to_none=True)
+            if self.micro_batch_size == 1:
+                raise TrainingError("out of memory with one sample at a time; lower the image size or model.dtype")
+            self.micro_batch_size = max(1, self.micro_batch_size // 2)
+        assert sums is not None
+        names = sorted(sums)
+        reduced = self._sum(torch.tensor([sums[name] for name in names]))
+        metrics = {name: value / len(rows) for name, value in zip(names, reduced.tolist(), strict=True)}
+        self._sum_gradients()
+        self.scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
+        metrics["gradient_norm"] = float(norm)
+        metrics["learning_rate"] = self.optimizer.param_groups[0]["lr"]
+        if math.isfinite(metrics["gradient_norm"]) and math.isfinite(metrics["loss"]):
+            self.scaler.step(self.optimizer)
+            self.steps_done += 1
+            self._update_average()
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return metrics
+
+    def _accumulate(self, training_set, rows, draw, mine) -> dict[str, float] | None:
+        """Gradients of this process's rows, in micro-batches; the sums of loss and metrics, or None where the
+        device ran out of memory."""
+        # The names are the same in every process, also in one that has no row of a small last batch.
+        sums: dict[str, float] = {"loss": 0.0}
+        try:
+            for start in range(0, len(mine), self.micro_batch_size):
+                part = mine[start : start + self.micro_batch_size]
+                samples = [training_set.samples[rows[i]] for i in part]
+                weight_B = torch.tensor([training_set.weights[rows[i]] for i in part], device=self.accelerator.device)
+                loss_B, _ = self.algorithm.loss(self.policy, samples, weight_B, draw.rows(part))
+                self.scaler.scale(loss_B.sum() / len(rows)).backward()
+                sums["loss"] += float(loss_B.detach().sum())
+        except torch.OutOfMemoryError:
+            return None
+        return sums
+
+    def _rows(self, training_set: TrainingSet, round: int, step: int) -> list[int]:
+        """The rows of a step: epochs are shuffled one by one, and only the last batch of the round may be short."""
+        count, size = len(training_set), self.config.batch_size
+        total = self.steps_in(training_set) * size if self.config.steps else self.config.epochs * count
+        rows: list[int] = []
+        for position in range(step * size, min((step + 1) * size, total)):
+            epoch, place = divmod(position, count)
+            rows.append(self._permutation(count, round, epoch)[place])
+        return rows
+
+    def _permutation(self, count: int, round: int, epoch: int) -> list[int]:
+        return torch.randperm(count, generator=_generator(self.seed, round, epoch, "order")).tolist()
+
+    def _set_learning_rate(self, round: int, progress_in_round: float) -> None:
+        progress = (round - 1 + progress_in_round) / self.rounds
+        factor = {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}
+        warm = min(1.0, (self.steps_done + 1) / (self.config.warmup_steps + 1))
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.learning_rate * factor[self.config.schedule] * warm
+
+    def _update_average(self) -> None:
+        """EMA with the usual warm-up: the decay grows as (1 + n) / (10 + n) up to the configured one."""
+        if self.average is not None:
+            decay = min(self.config.ema_decay, (1 + self.steps_done) / (10 + self.steps_done))
+            torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1 - decay)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within it the policy has the moving average of its weights, where there is one."""
+        if self.average is None:
+            yield
+            return
+        trained = [p.data for p in self.parameters]
+        try:
+            for p, mean in zip(self.parameters, self.average, strict=True):
+                p.data = mean
+            yield
+        finally:
+            for p, data in zip(self.parameters, trained, strict=True):
+                p.data = data
+
+    # -- processes ------------------------------------------------------------------------------------------------
+
+    def total(self, value: float) -> float:
+        """The sum of `value` over the processes."""
+        return self._sum(torch.tensor(value)).item()
+
+    def _sum(self, values: torch.Tensor) -> torch.Tensor:
+        if self.accelerator.num_processes == 1:
+            return values
+        return self.accelerator.reduce(values.to(self.accelerator.device), "sum").cpu()
+
+    def _sum_gradients(self) -> None:
+        """Add up the processes' gradients in one exchange. (DistributedDataParallel would wrap the denoiser, and the
+        pipeline needs it as it is.)"""
+        for p in self.parameters:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+        if self.accelerator.num_processes == 1:
+            return
+        flat = torch.cat([p.grad.flatten() for p in self.parameters])  # type: ignore[union-attr]
+        flat = self.accelerator.reduce(flat, "sum")
+        for p, grad in zip(self.parameters, flat.split([p.numel() for p in self.parameters]), strict=True):
+            p.grad = grad.view_as(p)
+
+    # -- state ----------------------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, dict[str, torch.Tensor]]:
+        """What a checkpoint needs: the adapter, the optimizer, and the average where there is one."""
+        counters = {"steps_done": torch.tensor(self.steps_done), "loss_scale": torch.tensor(self.scaler.get_scale())}
+        parts = {"adapter": self.policy.adapter_state(), "optimizer": optimizer_tensors(self.optimizer)}
+        parts["counters"] = counters
+        if self.average is not None:
+            with self.averaged():
+                parts["average"] = self.policy.adapter_state()
+        return parts
+
+    def load_state(self, parts: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
+        if self.average is not None:
+            if "average" not in parts:
+                raise WeightsError("the checkpoint has no moving average; set training.ema_decay to 0 to go on")
+            self.policy.load_adapter(parts["average"])
+            self.average = [p.detach().clone() for p in self.parameters]
+        self.policy.load_adapter(parts["adapter"])
+        load_optimizer_tensors(self.optimizer, parts["optimizer"])
+        self.steps_done = int(parts["counters"]["steps_done"])
+        if self.scaler.is_enabled():
+            self.scaler.load_state_dict(self.scaler.state_dict() | {"scale": float(parts["counters"]["loss_scale"])})
+
+
+def _generator(seed: int, round: int, step: int, purpose: str) -> torch.Generator:
+    digest = hashlib.sha256(f"{seed}/{round}/{step}/{purpose}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)

@@ -453,7 +453,7 @@ class _PromptRecord:
         key = tuple(row.items())
         if key not in self._prompts:
             self._prompts[key] = self._encode(encode, row, guided=False)
-            self._places = [value is None or value == [] for value in self._prompts[key]]
+            self._places = [value is None or (isinstance(value, list) and not value) for value in self._prompts[key]]
         return self._prompts[key]
 
     def _negative(self, encode: Callable[..., Any], row: dict[str, str | None]) -> tuple:
@@ -462,6 +462,11 @@ class _PromptRecord:
             empty = {name: text if name.startswith("negative") else "" for name, text in row.items()}
             if not self._places:
                 self._prompt(encode, empty)
+            if not any(self._places):
+                raise ConfigError(
+                    "encode_prompt of this pipeline does not return the negative prompt's values apart; "
+                    "set sampling.guidance_scale: 1"
+                )
             both = list(zip(self._encode(encode, empty, guided=True), self._places, strict=True))
             self._prompts[tuple(empty.items())] = tuple(None if place else value for value, place in both)
             self._negatives[key] = tuple(value for value, place in both if place)

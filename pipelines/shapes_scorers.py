@@ -109,7 +109,7 @@ def shows(caption: Caption, scene: Scene) -> tuple[int, int]:
     circle above a blue square" is also a blue square below a red circle."""
     nearest = min(BACKGROUNDS, key=lambda name: math.dist(BACKGROUNDS[name], scene.background_rgb))
     bits = asks(caption) | _BIT[f"background:{nearest}"]
-    if caption.relation:
+    if caption.relation and caption.other_color and caption.other_shape:
         mirrored = replace(
             caption,
             color=caption.other_color,
@@ -182,7 +182,7 @@ def labelled_scenes(count: int, seed: int) -> LabelledScenes:
 def exchange(caption: Caption) -> Caption | None:
     """A relation with the two shapes exchanged, every word else in place: the hard negative that only a model which
     binds shapes to colors can tell. None where there is nothing to exchange."""
-    if caption.relation is None or caption.shape == caption.other_shape:
+    if caption.other_shape is None or caption.shape == caption.other_shape:
         return None
     return replace(caption, shape=caption.other_shape, other_shape=caption.shape)
 

@@ -139,7 +139,7 @@ def train_vae(folder: Path, *, steps: int = 1500, batch: int = 64, seed: int = 1
     return vae
 
 
-def train_decoder(folder: Path, vae, *, steps: int = 1200, batch: int = 64, seed: int = 5, pool: int = 20_000) -> None:
+def train_decoder(folder: Path, vae, *, steps: int = 2000, batch: int = 64, seed: int = 5, pool: int = 20_000) -> None:
     """Go on with the decoder alone, in place: the latents stay what the base model learns, the edges get cleaner."""
     _, pixels = scenes(pool, seed)
     latents = encode(vae, pixels)

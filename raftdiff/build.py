@@ -243,7 +243,7 @@ def _scheduler(name: str, current: Any) -> Any:
 
 
 def load_lora(pipeline: Any, path: str) -> None:
-    """Put a LoRA on a pipeline.
+    """Fold a LoRA into the weights of a pipeline, which can then carry the LoRA of a policy as any other can.
 
     Raises:
         WeightsError: it is missing, or was made for another model.
@@ -254,6 +254,8 @@ def load_lora(pipeline: Any, path: str) -> None:
     try:
         pipeline.load_lora_weights(path)
         loaded = any("lora_" in name for name, _ in denoiser.named_parameters())
+        pipeline.fuse_lora()
+        pipeline.unload_lora_weights()
     except Exception as error:  # diffusers, peft and safetensors each raise their own
         raise WeightsError(
             f"{path} does not fit {type(pipeline).__name__}: {' '.join(str(error).split())[:300]}; "

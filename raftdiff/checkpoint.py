@@ -117,6 +117,19 @@ def verify(folder: Path) -> str | None:
     return None
 
 
+def sort_header(path: Path) -> None:
+    """Put the metadata of a safetensors file in the order of its names: the library writes them in an order of
+    chance, and the same adapter shall be the same bytes. For a file that is not published yet."""
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    if "__metadata__" in header:
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)  # as the format asks
+    path.write_bytes(len(encoded).to_bytes(8, "little") + encoded + data[8 + length :])
+
+
 def read_meta(folder: Path) -> dict[str, Any]:
     """The `meta` that a published folder was given. Raises ResumeError where its manifest cannot be trusted."""
     try:

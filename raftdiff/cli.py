@@ -50,7 +50,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _quiet_libraries() -> None:
-    logging.basicConfig(level="WARNING", format="%(message)s", handlers=[RichHandler(show_time=False, show_path=False)])
+    # Not on standard output, which `show-config > run.yaml` writes to a file.
+    handler = RichHandler(console=Console(stderr=True), show_time=False, show_path=False)
+    logging.basicConfig(level="WARNING", format="%(message)s", handlers=[handler])
     logging.getLogger("raftdiff").setLevel("INFO")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")

@@ -16,10 +16,13 @@ from .registry import nearest
 Dtype = Literal["fp32", "bf16", "fp16"]
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
+Part = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Settings(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True, protected_namespaces=()
+    )
 
 
 class ModelConfig(Settings):
@@ -136,7 +139,7 @@ class DataConfig(Settings):
     path: str
     """Your own images with captions: a folder with metadata.jsonl (`file_name`, `text`) or a parquet file
     (`image`, `text`)."""
-    share: Share = 0.25
+    share: Part = 0.25
     """Share of each round's training set that comes from there."""
 
 
@@ -163,7 +166,7 @@ class RaftConfig(Settings):
     """The algorithm."""
     options: dict[str, Any] = {}
     """Options of the algorithm: docs/raft.md."""
-    replay: Share = 0.0
+    replay: Part = 0.0
     """Share of the training set drawn from what earlier rounds selected."""
     teacher: str | None = None
     """Sample with this model instead of the one that is trained (a path or hub id with the same prompt encoders
@@ -209,6 +212,8 @@ class RunConfig(Settings):
         for label in labels:
             if labels.count(label) > 1:
                 raise ValueError(f"rewards: two rewards are called {label!r}; give one of them a `label`")
+        if self.data and self.algorithm.replay + self.data.share >= 1:
+            raise ValueError("algorithm.replay and data.share must leave room for the round's own samples: below 1")
         if self.model.device == "cpu" and "fp16" in (self.model.dtype, self.training.precision):
             raise ValueError("fp16 needs a GPU: set model.dtype and training.precision to bf16 or fp32 for the CPU")
         return self
@@ -228,6 +233,8 @@ def load_config(path: Path | str) -> RunConfig:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file; `raftdiff show-config --preset demo > run.yaml` writes one") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}; give the path of a YAML file") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not a YAML file: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
@@ -273,8 +280,32 @@ def dump_config(config: RunConfig) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-# What a resumed run must have in common with the run it goes on from.
-IDENTITY = ("seed", "model", "adapter", "prompts", "rewards", "combine", "algorithm", "data")
+# What a resumed run must have in common with the run it goes on from, and what it may still change of that. The base
+# model was evaluated once, at the beginning: what that depends on is part of it.
+IDENTITY = (
+    "seed",
+    "model",
+    "adapter",
+    "prompts",
+    "rewards",
+    "combine",
+    "algorithm",
+    "data",
+    "sampling.num_inference_steps",
+    "sampling.guidance_scale",
+    "evaluation.prompts",
+    "evaluation.seeds_per_prompt",
+    "evaluation.rewards",
+    "evaluation.guidance_scales",
+)
+_FREE = ("model.device", "model.attention", "model.gradient_checkpointing")
+
+
+def is_identity(key: str) -> bool:
+    """Whether a run that resumes must not change this dotted key."""
+    if key in _FREE:
+        return False
+    return any(key == fixed or key.startswith(f"{fixed}.") for fixed in IDENTITY)
 
 
 def difference(old: RunConfig, new: RunConfig) -> dict[str, tuple[Any, Any]]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 import json
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from PIL import Image, ImageOps
@@ -46,7 +48,8 @@ def read_folder(path: Path) -> tuple[list[Sample], list[str]]:
     Raises:
         DataError: as `load_pictures`.
     """
-    samples, names = [], []
+    samples: list[Sample] = []
+    names: list[str] = []
     for where, name, caption, data in _folder(Path(path)):
         pixels = torch.from_numpy(np.array(_decode(where, data))).permute(2, 0, 1).contiguous()
         samples.append(Sample(id=f"{len(samples):06d}", prompt=Prompt(text=caption), seed=0, image=pixels))
@@ -58,7 +61,12 @@ def _folder(path: Path) -> Iterator[tuple[str, str, str, bytes]]:
     metadata = path / "metadata.jsonl"
     if not metadata.is_file():
         raise DataError(f'{metadata}: no such file; it has a line {{"file_name": "1.png", "text": "..."}} per picture')
-    for number, line in enumerate(metadata.read_text(encoding="utf-8-sig").splitlines(), start=1):
+    try:
+        lines = metadata.read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{metadata}: cannot be read: {error}; save it as UTF-8 text") from None
+    found = False
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         where = f"{metadata}, line {number}"
@@ -66,24 +74,35 @@ def _folder(path: Path) -> Iterator[tuple[str, str, str, bytes]]:
             row = json.loads(line)
             name = row["file_name"]
         except (ValueError, KeyError, TypeError):
-            raise DataError(f"{where}: not a JSON object with a `file_name`") from None
-        file = (path / str(name)).resolve()
+            name = None
+        if not isinstance(name, str):
+            raise DataError(f"{where}: not a JSON object with a `file_name`")
+        file = (path / name.replace("\0", "/")).resolve()
         if not file.is_relative_to(path.resolve()) or not file.is_file():
             raise DataError(f"{where}: there is no picture {name!r} in {path}")
-        yield where, str(name), _caption(where, row), file.read_bytes()
+        yield where, name, _caption(where, row), file.read_bytes()
+        found = True
+    if not found:
+        raise DataError(f"{metadata} names no picture; it has a line for each")
 
 
 def _parquet(path: Path) -> Iterator[tuple[str, str, str, bytes]]:
     number = 0
-    for batch in pq.ParquetFile(path).iter_batches(batch_size=64):
-        for row in batch.to_pylist():
-            number += 1
-            where = f"{path}, row {number}"
-            image = row.get("image")
-            data = image.get("bytes") if isinstance(image, dict) else image
-            if not isinstance(data, bytes):
-                raise DataError(f"{where}: the column `image` holds no bytes")
-            yield where, str(number), _caption(where, row), data
+    try:
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=64):
+                for row in batch.to_pylist():
+                    number += 1
+                    where = f"{path}, row {number}"
+                    image = row.get("image")
+                    data = image.get("bytes") if isinstance(image, dict) else image
+                    if not isinstance(data, bytes):
+                        raise DataError(f"{where}: the column `image` holds no bytes")
+                    yield where, str(number), _caption(where, row), data
+        if not number:
+            raise DataError(f"{path} holds no picture; it has a row for each")
+    except pa.ArrowException as error:
+        raise DataError(f"{path}: not a readable parquet file ({error}); write it again") from None
 
 
 def _caption(where: str, row: dict) -> str:
@@ -99,7 +118,7 @@ def _decode(where: str, data: bytes) -> Image.Image:
             if image.width * image.height > MOST_PIXELS:
                 raise DataError(f"{where}: {image.width}x{image.height} pixels are too many (at most {MOST_PIXELS})")
             return ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        if isinstance(error, DataError):
-            raise
+    except DataError:
+        raise
+    except (OSError, ValueError, SyntaxError, zlib.error, Image.DecompressionBombError) as error:
         raise DataError(f"{where}: the picture cannot be read: {error}") from None

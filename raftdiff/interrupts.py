@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -35,21 +36,26 @@ class StopRequest:
 @contextmanager
 def stop_requests() -> Iterator[StopRequest]:
     """While open, the first SIGTERM or SIGINT is noted for the next safe point; a second one, or GRACE_S without a
-    safe point, stops at once. What is on disk is whole at every instant, so nothing is lost but the stage's part."""
+    safe point, stops at once. What is on disk is whole at every instant, so nothing is lost but the stage's part.
+
+    Only the main thread of a process gets signals: in any other, the request is never set from here."""
     request = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
 
     def note(signum: int, frame: object) -> None:
         if request:
             raise Interrupted(signum)
         request.signum = signum
-        signal.signal(signal.SIGALRM, at_once)
         signal.setitimer(signal.ITIMER_REAL, GRACE_S)
 
     def at_once(signum: int, frame: object) -> None:
         assert request.signum is not None
         raise Interrupted(request.signum)
 
-    previous: dict[int, Callable | int | None] = {s: signal.signal(s, note) for s in (signal.SIGTERM, signal.SIGINT)}
+    handlers = {signal.SIGALRM: at_once, signal.SIGTERM: note, signal.SIGINT: note}
+    previous: dict[int, Callable | int | None] = {s: signal.signal(s, handler) for s, handler in handlers.items()}
     try:
         yield request
     finally:

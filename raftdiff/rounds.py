@@ -15,9 +15,9 @@ import torch
 from accelerate import Accelerator
 
 from . import sampling, scoring
-from .checkpoint import Checkpoint, Checkpoints, RunLock, clean_staging, publish_folder, write_file
-from .config import IDENTITY, RunConfig, difference, dump_config, load_config
-from .errors import ConfigError, ResumeError
+from .checkpoint import Checkpoint, Checkpoints, RunLock, clean_staging, publish_folder, sort_header, write_file
+from .config import RunConfig, difference, dump_config, is_identity, load_config
+from .errors import ResumeError
 from .evaluation import Verdict, measure, verdict
 from .interrupts import StopRequest, stop_requests
 from .ledger import Ledger
@@ -28,7 +28,7 @@ from .sampling import Job
 from .scoring import WeightedReward
 from .store import SampleStore
 from .training import Trainer
-from .types import Evaluation, Group, Prompt, RoundReport, Sample, Scored, TrainingSet
+from .types import Evaluation, Group, Prompt, RoundReport, Sample, Scored, StageCost, TrainingSet
 
 logger = logging.getLogger(__name__)
 
@@ -125,8 +125,10 @@ def run_rounds(run: Run, *, resume: bool = False) -> Result:
         reports = read_metrics(stages.metrics)
         if not reports:
             reports.append(stages.base())
-        empty = 0
         for round in range(done + 1, run.config.rounds + 1):
+            if reason := stages.reason_to_stop(reports):
+                run.display.say(f"stopped after round {done}: {reason}")
+                break
             samples = stages.sample(round)
             groups = stages.score(round, samples)
             selected = stages.select(round, groups)
@@ -134,13 +136,7 @@ def run_rounds(run: Run, *, resume: bool = False) -> Result:
             step = 0
             evaluations = stages.evaluate(round)
             reports.append(stages.publish(round, groups, selected, training, evaluations, reports))
-            empty = 0 if len(selected) else empty + 1
-            if empty == EMPTY_ROUNDS:
-                run.display.say(f"stopped: {EMPTY_ROUNDS} rounds in a row selected nothing to train on")
-                break
-            if stages.has_plateaued(reports):
-                run.display.say(f"stopped after round {round}: {stages.verdict(reports).message}")
-                break
+            done = round
         return stages.finish(reports)
 
 
@@ -152,7 +148,6 @@ class _Stages:
         self.folder = run.config.folder
         self.metrics = self.folder / "metrics.jsonl"
         self.store = SampleStore(self.folder)
-        self.evaluation_store = SampleStore(self.folder / "evaluation")
         self.checkpoints = Checkpoints(self.folder / "checkpoints")
         sampler = run.teacher or run.policy
         self.ledger = Ledger(lambda: run.policy.passes + (sampler.passes if sampler is not run.policy else 0))
@@ -164,7 +159,8 @@ class _Stages:
             rounds=run.config.rounds,
             accelerator=run.accelerator,
         )
-        self.scales = run.config.evaluation.guidance_scales or [run.config.sampling.guidance_scale or 1.0]
+        # A policy that knows no guidance, such as a language model, is one without guidance.
+        self.scales = run.config.evaluation.guidance_scales or [getattr(run.policy, "guidance_scale", 1.0)]
         self.weights = {w.reward.name: w.weight for w in run.rewards}
         self._base: tuple[Evaluation, ...] = ()
 
@@ -184,7 +180,7 @@ class _Stages:
         found: Checkpoint | None = None
         if started:
             changed = difference(load_config(config_file), self.config)
-            fixed = {k: v for k, v in changed.items() if k.split(".")[0] in IDENTITY}
+            fixed = {key: values for key, values in changed.items() if is_identity(key)}
             if fixed:
                 lines = "; ".join(f"{key}: {old!r} -> {new!r}" for key, (old, new) in fixed.items())
                 raise ResumeError(f"{self.folder} was begun with other settings ({lines}): use a new --name for those")
@@ -193,13 +189,14 @@ class _Stages:
             found, skipped = self.checkpoints.newest()
             for line in skipped:
                 self.run.display.say(line)
-            if found is None and (skipped or read_metrics(self.metrics)[1:]):
+            # The first round is in the metrics a moment before its checkpoint is there.
+            if found is None and (skipped or read_metrics(self.metrics)[2:]):
                 raise ResumeError(f"{self.folder}: no checkpoint can be read; start again with another --name")
+        self.run.accelerator.wait_for_everyone()  # no process writes before all have read
         if self.run.accelerator.is_main_process:
-            for folder in (self.folder, self.evaluation_store.samples_folder.parent):
-                clean_staging(folder)
+            clean_staging(self.folder)
+            self._forget_after(found.round if found else 0)
             write_file(config_file, dump_config(self.config).encode())
-            truncate_metrics(self.metrics, found.round if found else 0)
         self.run.accelerator.wait_for_everyone()
         if found is None:
             return 0, 0
@@ -207,6 +204,17 @@ class _Stages:
         where = f"round {found.round}" + (f" and {found.step} steps" if found.step else "")
         self.run.display.say(f"resumed after {where} from {found.folder}")
         return found.round, found.step
+
+    def _forget_after(self, round: int) -> None:
+        """Remove what is of a course that the run leaves by going on after `round`: the samples of the next round are
+        the model's as it is then, but nothing later is sure to be."""
+        truncate_metrics(self.metrics, round)
+        stores = {self.store: round + 1}
+        stores |= {SampleStore(folder): round for folder in (self.folder / "evaluation").glob("guidance-*")}
+        for store, last in stores.items():
+            for later in store.rounds():
+                if later > last:
+                    store.discard_round(later)
 
     def _load(self, checkpoint: Checkpoint) -> None:
         if checkpoint.meta["fingerprint"] != self.run.policy.fingerprint():
@@ -217,18 +225,18 @@ class _Stages:
         self.trainer.load_state({name: checkpoint.tensors(name) for name in checkpoint.meta["parts"]})
 
     def finish(self, reports: Sequence[RoundReport]) -> Result:
-        """The last word: the best round's adapter exported, and the report."""
+        """The last word: the best round's adapter put on the policy and exported, and the report."""
         judged = self.verdict(reports)
         best = _exported(reports, judged).round
         lora = self.folder / "lora"
+        if best:  # else no round was evaluated, and the adapter stays as it is
+            checkpoint = self.checkpoints.load(best)
+            self.run.policy.load_adapter(checkpoint.tensors(_exported_part(checkpoint)))
         if self.run.accelerator.is_main_process:
-            now = self.run.policy.adapter_state()
-            if best:  # else every round was empty, and the adapter is as it began
-                checkpoint = self.checkpoints.load(best)
-                self.run.policy.load_adapter(checkpoint.tensors(_exported_part(checkpoint)))
             with publish_folder(lora, meta={"round": best, "fingerprint": self.run.policy.fingerprint()}) as staging:
                 self.run.policy.export(staging)
-            self.run.policy.load_adapter(now)
+                for file in staging.rglob("*.safetensors"):
+                    sort_header(file)
             self.report(reports)
         self.run.accelerator.wait_for_everyone()
         return Result(
@@ -244,7 +252,7 @@ class _Stages:
     def sample(self, round: int) -> list[Sample]:
         settings = self.config.sampling
         prompts = round_prompts(
-            self.run.prompts, round=round, per_round=self.config.prompts.per_round, seed=self.config.seed
+            self.run.prompts, round=round - 1, per_round=self.config.prompts.per_round, seed=self.config.seed
         )
         wanted = sampling.jobs(prompts, settings.samples_per_prompt, run_seed=self.config.seed, round=round)
         self.run.display.stage(round, "sample", len(wanted))
@@ -310,6 +318,7 @@ class _Stages:
 
         def progress(name: str, done: int, total: int) -> None:
             nonlocal seen
+            self.stop.check()
             self.run.display.advance(done - seen)
             seen = done
 
@@ -320,34 +329,41 @@ class _Stages:
             chosen = self.run.algorithm.select(groups, round=round, seed=self.config.seed)
             if self.run.accelerator.is_main_process:
                 self.store.write_selection(round, [s.id for s in chosen.samples], chosen.weights)
-            if not len(chosen):
-                return chosen
-            return chosen + self._replayed(round, len(chosen)) + self._own_data(round, len(chosen))
+            return self._mixed(round, chosen)
 
-    def _replayed(self, round: int, count: int) -> TrainingSet:
-        """Samples that earlier rounds selected, as many as make `replay` of the whole."""
-        rng = np.random.default_rng([self.config.seed, round, 1])
+    def _mixed(self, round: int, chosen: TrainingSet) -> TrainingSet:
+        """The round's own selection with what earlier rounds selected and the user's own pictures, each drawn to its
+        share of the whole."""
+        sources = [
+            (self._selected_before(round), self.config.algorithm.replay),
+            (self.run.data, self.config.data.share if self.config.data else 0.0),
+        ]
+        own_share = 1 - sum(share for pool, share in sources if pool)
+        mixed = chosen
+        for i, (pool, share) in enumerate(sources):
+            if pool and share:
+                rng = np.random.default_rng([self.config.seed, round, i])
+                wanted = int(len(chosen) * share / own_share + 0.5)
+                drawn = rng.choice(len(pool), size=wanted, replace=wanted > len(pool))
+                mixed = mixed + TrainingSet.uniform([pool[j] for j in drawn])
+        return mixed
+
+    def _selected_before(self, round: int) -> list[Sample]:
         pool: list[Sample] = []
         if self.config.algorithm.replay:
             for earlier in range(1, round):
                 ids = set((self.store.read_selection(earlier) or ([], []))[0])
                 pool += [s for s in self.store.read_samples(earlier) if s.id in ids]
-        return _mixed_in(pool, self.config.algorithm.replay, count, rng)
-
-    def _own_data(self, round: int, count: int) -> TrainingSet:
-        rng = np.random.default_rng([self.config.seed, round, 2])
-        share = self.config.data.share if self.config.data else 0.0
-        return _mixed_in(self.run.data, share, count, rng)
+        return pool
 
     def train(self, round: int, selected: TrainingSet, *, first_step: int) -> dict[str, float]:
         every = self.config.training.save_every_steps
 
         def after_step(step: int, metrics: Mapping[str, float]) -> None:
             self.run.display.advance(1, metrics)
-            last = step == self.trainer.steps_in(selected)
             # All processes must agree to stop: one that went on alone would wait for the others for ever.
             stopping = bool(self.trainer.total(float(bool(self.stop))))
-            if not last and (stopping or (every and step % every == 0)):
+            if stopping or (every and step % every == 0):
                 self._checkpoint(round - 1, step)
             if stopping:
                 self.run.accelerator.wait_for_everyone()
@@ -358,11 +374,13 @@ class _Stages:
         with self.ledger.stage("train"):
             return self.trainer.train(selected, round=round, first_step=first_step, after_step=after_step)
 
-    def _checkpoint(self, round: int, step: int, keep_rounds: Sequence[int] = ()) -> None:
+    def _checkpoint(self, round: int, step: int) -> None:
+        """Save the state; the round whose adapter would be exported now is kept with it."""
         if self.run.accelerator.is_main_process:
             parts = self.trainer.state()
             meta = {"fingerprint": self.run.policy.fingerprint(), "parts": sorted(parts)}
-            self.checkpoints.save(round, step, parts, meta, keep_rounds)
+            reports = read_metrics(self.metrics)
+            self.checkpoints.save(round, step, parts, meta, [_exported(reports, self.verdict(reports)).round])
 
     # -- evaluation -----------------------------------------------------------------------------------------------
 
@@ -380,7 +398,7 @@ class _Stages:
             rewards={},
             training={},
             evaluations=evaluations,
-            ledger=self.ledger.take(),
+            ledger=self._costs(),
         )
         if self.run.accelerator.is_main_process:
             append_metrics(self.metrics, report)
@@ -449,8 +467,15 @@ class _Stages:
             patience=self.config.evaluation.plateau_rounds or 3,
         )
 
-    def has_plateaued(self, reports: Sequence[RoundReport]) -> bool:
-        return self.config.evaluation.plateau_rounds is not None and self.verdict(reports).kind == "plateau"
+    def reason_to_stop(self, reports: Sequence[RoundReport]) -> str | None:
+        """Why no round shall follow on these, or None."""
+        latest = reports[1:][-EMPTY_ROUNDS:]
+        if len(latest) == EMPTY_ROUNDS and not any(report.selected for report in latest):
+            return f"{EMPTY_ROUNDS} rounds in a row selected nothing to train on"
+        judged = self.verdict(reports)
+        if self.config.evaluation.plateau_rounds is not None and judged.kind == "plateau":
+            return judged.message
+        return None
 
     # -- publishing -----------------------------------------------------------------------------------------------
 
@@ -477,17 +502,21 @@ class _Stages:
             rewards=_reward_means(groups, ranked),
             training=dict(training),
             evaluations=evaluations,
-            ledger=self.ledger.take(),
+            ledger=self._costs(),
         )
         reports = [*earlier, report]
         if self.run.accelerator.is_main_process:
             append_metrics(self.metrics, report)
-            self._checkpoint(round, 0, keep_rounds=[_exported(reports, self.verdict(reports)).round])
+            self._checkpoint(round, 0)
             self.report(reports)
             self.run.track(round, _curves(report))
         self.run.accelerator.wait_for_everyone()
         self.run.display.round_done(report)
         return report
+
+    def _costs(self) -> tuple[StageCost, ...]:
+        """What the ledger has, with the passes of all processes."""
+        return tuple(replace(cost, passes=int(self.trainer.total(cost.passes))) for cost in self.ledger.take())
 
     def report(self, reports: Sequence[RoundReport]) -> Path:
         """Write report.html."""
@@ -549,17 +578,6 @@ def _exported(reports: Sequence[RoundReport], judged: Verdict) -> RoundReport:
 
 def _exported_part(checkpoint: Checkpoint) -> str:
     return "average" if "average" in checkpoint.meta["parts"] else "adapter"
-
-
-def _mixed_in(pool: Sequence[Sample], share: float, count: int, rng: np.random.Generator) -> TrainingSet:
-    """Samples drawn from `pool` so that they are `share` of a set with `count` others."""
-    if not pool or not share:
-        return TrainingSet(samples=(), weights=())
-    if share >= 1:
-        raise ConfigError(f"a share of {share} leaves no room for the round's own samples; it must be below 1")
-    wanted = round(count * share / (1 - share))
-    chosen = rng.choice(len(pool), size=wanted, replace=wanted > len(pool))
-    return TrainingSet.uniform([pool[i] for i in chosen])
 
 
 def _reward_means(groups: Sequence[Group], ranked: Sequence[Scored]) -> dict[str, float]:

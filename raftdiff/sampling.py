@@ -64,6 +64,7 @@ def sample(
         for part, samples in store.parts(round).items()
         if part < len(batches) and [s.id for s in samples] == [job.id for job in batches[part]]
     }
+    accelerator.wait_for_everyone()  # no process writes before all have read
     for samples in there.values():
         on_batch(len(samples))
     missing = [part for part in range(len(batches)) if part not in there]

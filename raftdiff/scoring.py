@@ -141,19 +141,30 @@ def score_stored(
     progress: Progress | None = None,
 ) -> torch.Tensor:
     """`score_parts`, shared out over the processes and kept: what the store has of this reward is not scored again,
-    and all processes return the values of all samples."""
+    and all processes return the values of all samples. Stored failures are asked about again only where they are
+    more than `max_failed` allows: in a run that stopped for them, and whose reward may have been mended since."""
     stop.check()
+    judged = [sample for sample in samples if sample.flaw is None]
     known = store.read_scores(round).get(reward.name, {})
-    missing = [sample for sample in samples if sample.id not in known]
+    part = store.next_score_part(round, reward.name) + accelerator.process_index
+    accelerator.wait_for_everyone()  # no process writes before all have read
+    if _count_failed(judged, known) > max_failed * len(judged):
+        known = _present(known)
+    missing = [sample for sample in judged if sample.id not in known]
     mine = missing[accelerator.process_index :: accelerator.num_processes]
+    error: Exception | None = None
     if mine:
-        value_B = score_parts(mine, reward, batch_size=batch_size, max_failed=max_failed, progress=progress)
-        part = len(known) * accelerator.num_processes + accelerator.process_index  # a part that is not there yet
+        value_B, error = _judge(mine, reward, batch_size, progress)
         store.write_scores(round, part, reward.name, [sample.id for sample in mine], value_B.tolist())
     accelerator.wait_for_everyone()
     if missing:
         known = store.read_scores(round).get(reward.name, {})
+        _check_failures(reward, _count_failed(judged, known), len(judged), max_failed, error)
     return torch.tensor([known.get(sample.id, math.nan) for sample in samples])
+
+
+def _count_failed(samples: Sequence[Sample], known: Mapping[str, float]) -> int:
+    return sum(math.isnan(known.get(sample.id, 0.0)) for sample in samples)
 
 
 @torch.no_grad()
@@ -198,36 +209,50 @@ def score_parts(
         ConfigError: the reward judges another modality than the samples have, or says itself that it is set up wrong.
         ScoringError: more than the share `max_failed` of the samples that are not flawed failed.
     """
-    value_N = torch.full((len(samples),), math.nan)
     judged = [i for i, sample in enumerate(samples) if sample.flaw is None]
-    _check_modality([samples[i] for i in judged], reward)
+    value_N = torch.full((len(samples),), math.nan)
+    value_N[judged], error = _judge([samples[i] for i in judged], reward, batch_size, progress)
+    _check_failures(reward, int(value_N[judged].isnan().sum()), len(judged), max_failed, error)
+    return value_N
+
+
+def _judge(
+    samples: Sequence[Sample], reward: Reward, batch_size: int, progress: Progress | None
+) -> tuple[torch.Tensor, Exception | None]:
+    """The values of samples that are not flawed, NaN where the reward failed, and its first error if it raised."""
+    _check_modality(samples, reward)
+    value_N = torch.full((len(samples),), math.nan)
     first: Exception | None = None
-    for start in range(0, len(judged), batch_size):
-        index = judged[start : start + batch_size]
+    for start in range(0, len(samples), batch_size):
+        batch = samples[start : start + batch_size]
         try:
-            value_N[index] = _score_batch([samples[i] for i in index], reward)
+            value_N[start : start + len(batch)] = _score_batch(batch, reward)
         except ConfigError:
             raise
         except Exception:  # a scorer is anyone's code
-            for i in index:
+            for i, sample in enumerate(batch, start):
                 try:
-                    value_N[i] = _score_batch([samples[i]], reward)[0]
+                    value_N[i] = _score_batch([sample], reward)[0]
                 except Exception as error:
                     first = first or error
         if progress is not None:
-            progress(reward.name, start + len(index), len(judged))
+            progress(reward.name, start + len(batch), len(samples))
     value_N[~value_N.isfinite()] = math.nan
-    failed = int(value_N[judged].isnan().sum())
-    if failed:
-        cause = f"{type(first).__name__}: {first}" if first else "its values were NaN or infinite"
-        message = f"reward {reward.name!r} failed on {failed} of {len(judged)} samples ({cause})"
-        if failed > max_failed * len(judged):
-            raise ScoringError(
-                f"{message}; at most the share {max_failed:g} may fail (max_failed): mend the reward, or resume with a"
-                " higher share"
-            ) from first
-        logger.warning("%s; they are left out", message)
-    return value_N
+    return value_N, first
+
+
+def _check_failures(reward: Reward, failed: int, asked: int, max_failed: float, error: Exception | None) -> None:
+    """Raise ScoringError if more than the share `max_failed` of the samples that were asked about failed."""
+    if not failed:
+        return
+    cause = f"{type(error).__name__}: {error}" if error else "its values were NaN or infinite"
+    message = f"reward {reward.name!r} failed on {failed} of {asked} samples ({cause})"
+    if failed > max_failed * asked:
+        raise ScoringError(
+            f"{message}; at most the share {max_failed:g} may fail (max_failed): mend the reward, or resume with a"
+            " higher share"
+        ) from error
+    logger.warning("%s; they are left out", message)
 
 
 def _score_batch(samples: Sequence[Sample], reward: Reward) -> torch.Tensor:

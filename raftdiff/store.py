@@ -87,7 +87,7 @@ class SampleStore:
     def write_scores(
         self, round: int, part: int, reward_name: str, sample_ids: Sequence[str], values: Iterable[float]
     ) -> None:
-        """Write the values that one reward gave to `sample_ids`; NaN, a score that is missing, is stored as null."""
+        """Write the values that one reward gave to `sample_ids`; NaN, where it failed, is stored as null."""
         path = _of_round(self.scores_folder, round) / f"{quote(reward_name, safe='')}-{part:05d}.parquet"
         rows = [
             {"sample_id": sample_id, "value": None if math.isnan(value) else float(value)}
@@ -96,12 +96,22 @@ class SampleStore:
         _write_table(path, rows, SCORES)
 
     def read_scores(self, round: int) -> dict[str, dict[str, float]]:
-        """Reward name to sample id to value; a sample without a score is absent."""
+        """Reward name to sample id to value; NaN where the reward failed each time, absent where it was not asked."""
         scores: dict[str, dict[str, float]] = {}
         for name, _, table in _read_parts(_of_round(self.scores_folder, round), "*.parquet"):
             of_reward = scores.setdefault(unquote(name), {})
-            of_reward |= {row["sample_id"]: row["value"] for row in table.to_pylist() if row["value"] is not None}
+            for row in table.to_pylist():
+                if row["value"] is not None:
+                    of_reward[row["sample_id"]] = row["value"]
+                else:
+                    of_reward.setdefault(row["sample_id"], math.nan)
         return scores
+
+    def next_score_part(self, round: int, reward_name: str) -> int:
+        """The number from which on no part of this reward's scores has been written yet."""
+        paths = _of_round(self.scores_folder, round).glob(f"{quote(reward_name, safe='')}-*.parquet")
+        taken = [match for match in map(_PART.fullmatch, (path.name for path in paths)) if match]
+        return 1 + max((int(match[2]) for match in taken if unquote(match[1]) == reward_name), default=-1)
 
     def write_selection(self, round: int, sample_ids: Sequence[str], weights: Sequence[float]) -> None:
         """Write which samples a round trains on, in order, with the weight of each."""

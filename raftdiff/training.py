@@ -51,13 +51,14 @@ class Trainer:
         self.average = [p.detach().clone() for p in self.parameters] if config.ema_decay else None
         self.micro_batch_size = config.micro_batch_size or config.batch_size
         self.steps_done = 0
+        self._tally: dict[str, float] = {}  # of this round: steps, skipped steps, sums of the metrics
 
     # -- one round ------------------------------------------------------------------------------------------------
 
     def steps_in(self, training_set: TrainingSet) -> int:
         if not len(training_set):
             return 0
-        return self.config.steps or self.config.epochs * math.ceil(len(training_set) / self.config.batch_size)
+        return self.config.steps or math.ceil(self.config.epochs * len(training_set) / self.config.batch_size)
 
     def train(
         self,
@@ -68,34 +69,43 @@ class Trainer:
         after_step: Callable[[int, Mapping[str, float]], None] = lambda step, metrics: None,
     ) -> dict[str, float]:
         """Take the steps of one round from `first_step` on; `after_step` is called with the number of steps taken
-        and the metrics of the last one. Returns their means, with the number of steps and of skipped ones.
+        and the metrics of the last one. Returns the means over the whole round, also of the steps before
+        `first_step` (which `load_state` brought back), with the number of steps and of skipped ones.
 
         Raises:
             TrainingError: several steps in a row gave values that are not finite.
         """
         steps = self.steps_in(training_set)
-        totals: dict[str, float] = {}
-        taken = skipped = in_a_row = 0
+        if first_step == 0:
+            self._tally = {"steps": 0.0, "skipped_steps": 0.0}
+        in_a_row = 0
         for step in range(first_step, steps):
             self._set_learning_rate(round, step / steps)
             metrics = self._step(training_set, round, step)
             finite = math.isfinite(metrics["loss"]) and math.isfinite(metrics["gradient_norm"])
             if finite:
-                taken += 1
                 in_a_row = 0
-                for name, value in metrics.items():
-                    totals[name] = totals.get(name, 0.0) + value
+                self._count(metrics | {"steps": 1.0})
             else:
-                skipped += 1
-                in_a_row += 1
+                self._count({"skipped_steps": 1.0})
+                in_a_row += not self._overflowed(metrics["loss"])
                 if in_a_row >= SKIPS:
                     raise TrainingError(
                         f"round {round}, step {step}: the gradient was not finite {SKIPS} times in a row; "
                         "lower training.learning_rate, or train in bf16 or fp32. The last checkpoint is whole"
                     )
             after_step(step + 1, metrics)
-        means = {name: total / taken for name, total in totals.items()} if taken else {}
-        return means | {"steps": float(taken), "skipped_steps": float(skipped)}
+        counts = {name: self._tally[name] for name in ("steps", "skipped_steps")}
+        return {name: total / counts["steps"] for name, total in self._tally.items() if name not in counts} | counts
+
+    def _count(self, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._tally[name] = self._tally.get(name, 0.0) + value
+
+    def _overflowed(self, loss: float) -> bool:
+        """Whether it was the scaled gradient of fp16 that was not finite: the scaler has lowered its scale for that,
+        as it does several times at the start of every run."""
+        return self.scaler.is_enabled() and math.isfinite(loss) and self.scaler.get_scale() >= 1
 
     def _step(self, training_set: TrainingSet, round: int, step: int) -> dict[str, float]:
         rows = self._rows(training_set, round, step)
@@ -188,7 +198,7 @@ class Trainer:
 
     def total(self, value: float) -> float:
         """The sum of `value` over the processes."""
-        return self._sum(torch.tensor(value)).item()
+        return self._sum(torch.tensor(value, dtype=torch.float64)).item()
 
     def _sum(self, values: torch.Tensor) -> torch.Tensor:
         if self.accelerator.num_processes == 1:
@@ -211,8 +221,9 @@ class Trainer:
     # -- state ----------------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, dict[str, torch.Tensor]]:
-        """What a checkpoint needs: the adapter, the optimizer, and the average where there is one."""
+        """What a checkpoint needs: the adapter, the optimizer, counters, and the average where there is one."""
         counters = {"steps_done": torch.tensor(self.steps_done), "loss_scale": torch.tensor(self.scaler.get_scale())}
+        counters |= {f"tally.{name}": torch.tensor(value, dtype=torch.float64) for name, value in self._tally.items()}
         parts = {"adapter": self.policy.adapter_state(), "optimizer": optimizer_tensors(self.optimizer)}
         parts["counters"] = counters
         if self.average is not None:
@@ -228,9 +239,12 @@ class Trainer:
             self.average = [p.detach().clone() for p in self.parameters]
         self.policy.load_adapter(parts["adapter"])
         load_optimizer_tensors(self.optimizer, parts["optimizer"])
-        self.steps_done = int(parts["counters"]["steps_done"])
+        counters = parts["counters"]
+        self.steps_done = int(counters["steps_done"])
+        tally = {name.removeprefix("tally."): value for name, value in counters.items() if name.startswith("tally.")}
+        self._tally = {name: float(value) for name, value in tally.items()}
         if self.scaler.is_enabled():
-            self.scaler.load_state_dict(self.scaler.state_dict() | {"scale": float(parts["counters"]["loss_scale"])})
+            self.scaler.load_state_dict(self.scaler.state_dict() | {"scale": float(counters["loss_scale"])})
 
 
 def _generator(seed: int, round: int, step: int, purpose: str) -> torch.Generator:

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save
 from raftdiff.config import Dtype
 from raftdiff.errors import WeightsError
 from raftdiff.protocols import Modality
+from raftdiff.shapes import WEIGHTS
 from raftdiff.types import Sample
 
 from . import images
@@ -153,14 +154,15 @@ class AestheticReward:
         batch_size: int = 32,
         name: str = "aesthetic",
     ) -> None:
-        """`head` is a file (see `load_head`); the rest is as for `ClipReward`, with which the encoder is shared.
+        """`head` is a file (see `load_head`), or `shapes`, the embedded world's; the rest is as for `ClipReward`, with
+        which the encoder is shared.
 
         Raises:
             ConfigError: an unknown model name or dtype.
             WeightsError: the head or the CLIP cannot be loaded, or they do not fit each other.
         """
         self.name = name
-        path = Path(head).expanduser()
+        path = WEIGHTS / "aesthetic" / "aesthetic.safetensors" if head == "shapes" else Path(head).expanduser()
         self._head = load_head(path)
         self.encoder = clip_encoder(*encoder_key(model, pretrained), device=device, dtype=dtype)
         width = len(self._head.weight_D)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, cast, get_args
@@ -18,11 +19,12 @@ from raftdiff.config import Dtype
 from raftdiff.errors import ConfigError, WeightsError
 from raftdiff.protocols import Modality
 from raftdiff.registry import nearest
+from raftdiff.shapes import WEIGHTS
 from raftdiff.types import Sample
 
 from . import images
 
-TEXT_CACHE = 65_536  # prompts whose embeddings an encoder keeps; the oldest go first
+REMEMBERED = 65_536  # embeddings of prompts, and of pictures, that an encoder keeps; the oldest go first
 _INPUT_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -67,7 +69,8 @@ class ClipEncoder:
         self._interpolation = InterpolationMode(config["interpolation"])
         self._mean, self._std = (torch.tensor(config[key]).view(3, 1, 1) for key in ("mean", "std"))
         self._device, self._dtype = torch.device(device), _INPUT_DTYPES[dtype]
-        self._embedding_of: dict[str, torch.Tensor] = {}
+        self._text_embeddings: dict[str, torch.Tensor] = {}
+        self._image_embeddings: dict[bytes, torch.Tensor] = {}
 
     @cached_property
     def width(self) -> int:
@@ -91,31 +94,46 @@ class ClipEncoder:
 
     @torch.no_grad()
     def image_features(self, pictures: Sequence[torch.Tensor] | torch.Tensor, *, batch_size: int = 32) -> torch.Tensor:
-        """float32 [B, D] on the CPU, of uint8 pictures [B, 3, height, width] (in a list, of any sizes)."""
-        rows = []
-        for start in range(0, len(pictures), batch_size):
-            x = torch.stack([self.preprocess(picture) for picture in pictures[start : start + batch_size]])
-            rows.append(self._normalised(self.model.encode_image(x.to(self._device, self._dtype))))
-        return torch.cat(rows)
+        """float32 [B, D] on the CPU, of uint8 pictures [B, 3, height, width] (in a list, of any sizes). Rewards that
+        share the encoder share its work too: a picture that was just encoded is not encoded again."""
+
+        def encode(index: Sequence[int]) -> torch.Tensor:
+            x = torch.stack([self.preprocess(pictures[i]) for i in index])
+            return self._normalised(self.model.encode_image(x.to(self._device, self._dtype)))
+
+        keys = [hashlib.blake2b(f"{p.shape}".encode() + p.cpu().numpy().tobytes()).digest() for p in pictures]
+        return _remembered(self._image_embeddings, keys, encode, batch_size)
 
     @torch.no_grad()
     def text_features(self, texts: Sequence[str], *, batch_size: int = 32) -> torch.Tensor:
         """float32 [B, D] on the CPU. A prompt is encoded once and then remembered; what exceeds the model's context
         is cut off."""
-        new = [text for text in dict.fromkeys(texts) if text not in self._embedding_of]
-        found = {text: self._embedding_of[text] for text in texts if text in self._embedding_of}
-        for start in range(0, len(new), batch_size):
-            part = new[start : start + batch_size]
-            rows = self._normalised(self.model.encode_text(self._tokenizer(part).to(self._device)))
-            found.update(zip(part, rows, strict=True))
-        self._embedding_of |= found
-        while len(self._embedding_of) > TEXT_CACHE:
-            del self._embedding_of[next(iter(self._embedding_of))]
-        return torch.stack([found[text] for text in texts])
+
+        def encode(index: Sequence[int]) -> torch.Tensor:
+            tokens = self._tokenizer([texts[i] for i in index])
+            return self._normalised(self.model.encode_text(tokens.to(self._device)))
+
+        return _remembered(self._text_embeddings, texts, encode, batch_size)
 
     @staticmethod
     def _normalised(features: torch.Tensor) -> torch.Tensor:
         return F.normalize(features.float(), dim=-1).cpu()
+
+
+def _remembered(
+    memory: dict[Any, torch.Tensor], keys: Sequence[Any], encode: Callable[[Sequence[int]], torch.Tensor], size: int
+) -> torch.Tensor:
+    """Rows [B, D] by key, from `memory` or from `encode`, which gets the places of up to `size` new keys at once."""
+    first = {key: i for i, key in reversed(list(enumerate(keys)))}
+    found = {key: memory[key] for key in first if key in memory}
+    new = [key for key in dict.fromkeys(keys) if key not in found]
+    for start in range(0, len(new), size):
+        part = new[start : start + size]
+        found.update(zip(part, encode([first[key] for key in part]), strict=True))
+    memory |= found
+    while len(memory) > REMEMBERED:
+        del memory[next(iter(memory))]
+    return torch.stack([found[key] for key in keys])
 
 
 @cache
@@ -145,7 +163,8 @@ class ClipReward:
         name: str = "clip",
     ) -> None:
         """`model` is a name of open_clip, with `pretrained` one of its tags or a weights file; or `hf-hub:owner/name`,
-        or a folder in open_clip's format, both of which bring their weights: `pretrained` is not read.
+        or a folder in open_clip's format, or `shapes`, the embedded world's: these bring their weights, and
+        `pretrained` is not read.
 
         Raises:
             ConfigError: an unknown model name or dtype.
@@ -167,7 +186,7 @@ class ClipReward:
 
 def encoder_key(model: str | Path, pretrained: str | Path | None) -> tuple[str, str | None]:
     """Model and weights in one spelling, so that the same encoder is not loaded twice."""
-    model = str(model)
+    model = str(WEIGHTS / "clip") if model == "shapes" else str(model)
     if model.startswith("hf-hub:"):
         return model, None
     folder = Path(model.removeprefix("local-dir:")).expanduser()

@@ -335,13 +335,16 @@ class TestShapesOracle:
         assert value_B.isnan().tolist() == [True, False]
 
     def test_rating_adds_contrast_coverage_and_closeness(self):
-        flat = np.full((32, 32, 3), 245, dtype=np.uint8)
-        # Red (220, 40, 40) on white (245, 245, 245): contrast .66, above the .6 that count in full; coverage
-        # pi / 16 = .196 of the .2 that do; exactly in the center.
-        expected = 1 + 3 * (1 + math.pi / 16 / 0.2 + 1)
-        assert ShapesRatingReward().score([sample(flat), sample(circle())]).tolist() == pytest.approx(
-            [1.0, expected], abs=0.1
-        )
+        def square(y):  # 8 x 8 of the 32 x 32 pixels: 1/16 of the canvas, of the .2 that count
+            one = Object(shape="square", rgb=COLORS["red"], x=32, y=y, radius=8)
+            return sample(render(Scene(objects=(one,), background_rgb=BACKGROUNDS["white"])))
+
+        nothing = sample(np.full((32, 32, 3), 245, dtype=np.uint8))
+        # Red (220, 40, 40) on white (245, 245, 245) has a contrast of .66, above the .6 that count in full. At y = 16
+        # of 64 the square is .25 of the canvas from the middle, and .3 is where closeness ends.
+        centered, above = 1 + 3 * (1 + 0.3125 + 1), 1 + 3 * (1 + 0.3125 + (1 - 0.25 / 0.3))
+        value_B = ShapesRatingReward().score([nothing, square(32), square(16)])
+        assert value_B.tolist() == pytest.approx([1, centered, above], abs=1e-4)
 
 
 class TestFunction:

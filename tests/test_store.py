@@ -171,15 +171,18 @@ def test_a_full_disk_leaves_the_part_that_was_there(tmp_path, monkeypatch, name)
     ]
 
 
-def test_missing_scores_are_null_on_disk_and_absent_when_read(tmp_path):
+def test_failed_scores_are_null_on_disk_and_nan_when_read_until_there_is_a_value(tmp_path):
     store = SampleStore(tmp_path)
     store.write_scores(3, 0, "clip", ["a", "b", "c"], torch.tensor([0.1, math.nan, 0.0]))
     store.write_scores(3, 1, "clip", ["d"], [math.inf])
     store.write_scores(3, 0, "aesthetic", ["a"], [5.5])
-    assert store.read_scores(3) == {
-        "clip": {"a": torch.tensor(0.1).item(), "c": 0.0, "d": math.inf},
-        "aesthetic": {"a": 5.5},
-    }
+    scores = store.read_scores(3)
+    assert math.isnan(scores["clip"].pop("b"))
+    assert scores == {"clip": {"a": torch.tensor(0.1).item(), "c": 0.0, "d": math.inf}, "aesthetic": {"a": 5.5}}
+    assert (store.next_score_part(3, "clip"), store.next_score_part(3, "other")) == (2, 0)
+    store.write_scores(3, 2, "clip", ["b"], [2.5])
+    store.write_scores(3, 3, "clip", ["a"], [math.nan])
+    assert (store.read_scores(3)["clip"]["a"], store.read_scores(3)["clip"]["b"]) == (torch.tensor(0.1).item(), 2.5)
     table = pq.read_table(tmp_path / "scores" / "round-0003" / "clip-00000.parquet")
     assert table["value"].to_pylist()[1] is None
     assert table.schema.names == ["sample_id", "value"]

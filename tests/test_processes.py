@@ -1,0 +1,121 @@
+"""Two processes take the same course as one."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator, debug_launcher
+from accelerate.state import AcceleratorState
+from safetensors.torch import load
+from tiny_runs import PROMPTS, ThreeWeights, exported, pipeline_run, three_weights_run, tiny_config
+
+from raftdiff.algorithms.raft import Raft
+from raftdiff.config import TrainingConfig
+from raftdiff.report import read_metrics
+from raftdiff.rounds import run_rounds
+from raftdiff.store import SampleStore
+from raftdiff.training import Trainer
+from raftdiff.types import Prompt, TrainingSet
+
+
+def in_two_processes(function: Callable[[], object]) -> None:
+    """Forked, so that they have paid for their imports; gloo on the CPU."""
+
+    def work() -> None:
+        AcceleratorState._reset_state(reset_partial_state=True)  # of the process that they are forked from
+        assert Accelerator().num_processes == 2
+        function()
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    debug_launcher(work, num_processes=2)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """Three rounds of one process."""
+    config = tiny_config(tmp_path_factory.mktemp("alone"), rounds=3, prompts={"per_round": 2})
+    run_rounds(three_weights_run(config))
+    return config.folder
+
+
+def sample_bytes(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("part-*.parquet"))}
+
+
+def test_a_run_of_the_pipeline_takes_the_same_course(tmp_path):
+    config = {name: tiny_config(tmp_path / name, rounds=2, training={"learning_rate": 1e-3}) for name in ("one", "two")}
+    run_rounds(pipeline_run(config["one"]))
+    in_two_processes(lambda: run_rounds(pipeline_run(config["two"])))
+    one, two = config["one"].folder, config["two"].folder
+    first = [name for name in sample_bytes(one) if "round-0001" in name or "round-0000" in name]
+    first = [name for name in first if name.startswith("samples") or "round-0000" in name]
+    assert len(first) == 3  # two batches of the round, one of the base's evaluation
+    assert all(sample_bytes(two)[name] == sample_bytes(one)[name] for name in first)
+    ones, twos = load(exported(one)), load(exported(two))
+    assert ones.keys() == twos.keys()
+    assert all(torch.allclose(ones[name], twos[name], atol=1e-5) for name in ones)
+    for a, b in zip(read_metrics(one / "metrics.jsonl"), read_metrics(two / "metrics.jsonl"), strict=True):
+        assert [cost.passes for cost in a.ledger] == [cost.passes for cost in b.ledger]
+        assert (a.requested, a.scored, a.selected) == (b.requested, b.scored, b.selected)
+        assert a.training == pytest.approx(b.training, rel=1e-4)
+
+
+def gradient_of_one_step(samples: int, batch_size: int) -> dict[str, list[float]]:
+    policy = ThreeWeights()
+    prompts = [Prompt(text=f"prompt {i}") for i in range(samples)]
+    drawn = policy.sample(prompts, range(samples))
+    chosen = TrainingSet(samples=tuple(drawn), weights=tuple(1.0 + i for i in range(samples)))
+    settings = TrainingConfig(batch_size=batch_size, steps=1, weight_decay=0, max_grad_norm=1e9, micro_batch_size=2)
+    trainer = Trainer(policy, Raft(), settings, seed=1, rounds=1, accelerator=Accelerator())
+    metrics = trainer.train(chosen, round=1)
+    (moments,) = trainer.optimizer.state.values()
+    return {"gradient": (moments["exp_avg"] / 0.1).tolist(), "loss": [metrics["loss"]]}
+
+
+@pytest.mark.parametrize(("samples", "batch_size"), [(7, 7), (1, 1)])
+def test_the_gradient_of_a_step_is_that_of_one_process(tmp_path, samples, batch_size):
+    """Also where the rows do not divide by the processes, and where a process has none."""
+    expected = gradient_of_one_step(samples, batch_size)
+
+    def work() -> None:
+        found = gradient_of_one_step(samples, batch_size)
+        (tmp_path / str(Accelerator().process_index)).write_text(json.dumps(found))
+
+    in_two_processes(work)
+    for rank in "01":
+        found = json.loads((tmp_path / rank).read_text())
+        assert found == {name: pytest.approx(values, abs=1e-6) for name, values in expected.items()}
+
+
+def test_a_run_resumes_with_more_and_with_fewer_processes(tmp_path, alone):
+    def config(rounds: int):
+        return tiny_config(tmp_path, rounds=rounds, prompts={"per_round": 2})
+
+    run_rounds(three_weights_run(config(1)))
+    in_two_processes(lambda: run_rounds(three_weights_run(config(2)), resume=True))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    folder = run_rounds(three_weights_run(config(3)), resume=True).folder
+    store = SampleStore(folder)
+    seen = [[s.prompt.text for s in store.read_samples(round)] for round in (1, 2, 3)]
+    assert Counter(seen[0] + seen[1]) == dict.fromkeys(PROMPTS, 2)
+    assert [[s.id for s in store.read_samples(r)] for r in (1, 2, 3)] == [
+        [s.id for s in SampleStore(alone).read_samples(r)] for r in (1, 2, 3)
+    ]
+    assert torch.allclose(load(exported(folder))["color"], load(exported(alone))["color"], atol=1e-5)
+
+
+def test_failed_samples_are_counted_over_all_processes(tmp_path):
+    """All that fail are in the share of one process: of the whole they are a quarter, which is allowed."""
+
+    def fails_on_first(images, prompts):
+        return [float("nan") if prompt == PROMPTS[0] else 1.0 for prompt in prompts]
+
+    config = tiny_config(tmp_path, rounds=1, sampling={"samples_per_prompt": 2})
+    in_two_processes(lambda: run_rounds(three_weights_run(config, reward=fails_on_first)))
+    report = read_metrics(config.folder / "metrics.jsonl")[1]
+    assert (report.requested, report.scored, report.failed, report.skipped) == (8, 6, 2, 0)

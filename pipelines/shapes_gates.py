@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import open_clip
 import torch
 from diffusers import DiffusionPipeline
 from rich.console import Console
@@ -14,10 +15,10 @@ from raftdiff.shapes import WEIGHTS
 from raftdiff.shapes.captions import Caption, random_caption
 from raftdiff.shapes.oracle import Reading, judge_reading, read
 
-from . import shapes_training
+from . import shapes, shapes_scorers, shapes_training
 
-GUIDANCE = 1.0  # the demo samples without
-STEPS = 12
+GUIDANCE = 2.0  # as the demo samples
+STEPS = 10
 K = 8
 
 
@@ -57,7 +58,7 @@ def check(*, count: int = 256, console: Console, seed: int = 1234) -> bool:
             gate("base: some shape fits the object", float(np.mean([bool(o and o.shape) for o in objects])), 0.85)
             gate("base: strict score, single objects", float(strict.mean()), 0.30, 0.65)
             gate(f"base: best of {K} strict, single objects", float(strict.any(1).mean()), 0.80)
-            for guidance in (2.0, 3.0):
+            for guidance in (1.0, 1.5, 3.0):
                 again = draw(pipeline, asked, 2, guidance_scale=guidance, seed=seed)
                 score = np.mean(
                     [all(judge_reading(r, c).values()) for row, c in zip(again, asked, strict=True) for r in row]
@@ -71,9 +72,8 @@ def check(*, count: int = 256, console: Console, seed: int = 1234) -> bool:
             if values:
                 table.add_row(f"  {name}", f"{np.mean(values):.1%}", "", "")
 
-    from raftdiff.pipelines import shapes_scorers
-
-    accuracy = shapes_scorers.shipped_accuracy()
+    clip = open_clip.create_model(f"local-dir:{WEIGHTS / 'clip'}", require_pretrained=True).eval()
+    accuracy = shapes_scorers.two_way_accuracy(clip, shapes.build_tokenizer(), count=2000)
     gate("CLIP: caption against one changed attribute", accuracy.pop("all"), 0.90)
     for name, value in accuracy.items():
         table.add_row(f"  {name}", f"{value:.1%}", "", "")

@@ -219,7 +219,7 @@ def load_pipeline(model: ModelConfig, device: str = "cpu") -> Any:
     pipeline.to(device if model.device == "auto" else model.device)
     if model.scheduler:
         pipeline.scheduler = _scheduler(model.scheduler, pipeline.scheduler)
-    denoiser = getattr(pipeline, "unet", None) or getattr(pipeline, "transformer", None)
+    denoiser: Any = getattr(pipeline, "unet", None) or getattr(pipeline, "transformer", None)
     if model.attention == "xformers":
         try:
             denoiser.enable_xformers_memory_efficient_attention()

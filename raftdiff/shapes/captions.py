@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -109,7 +110,8 @@ def parse(text: str) -> Caption:
             background=found["background"],
         )
     names = ("color", "shape", "size", "position", "relation", "other_color", "other_shape", "background")
-    return Caption(**{name: found[name] for name in names})
+    attributes: dict[str, Any] = {name: found[name] for name in names}
+    return Caption(**attributes)
 
 
 def random_caption(rng: np.random.Generator, kind: str | None = None) -> Caption:
@@ -169,7 +171,8 @@ def vary(caption: Caption, attribute: str, rng: np.random.Generator) -> Caption:
     taken = {getattr(caption, attribute)}
     if attribute in ("color", "other_color"):
         taken |= {caption.color, caption.other_color}
-    return replace(caption, **{attribute: _pick(rng, [v for v in ALTERNATIVES[attribute] if v not in taken])})
+    change: dict[str, Any] = {attribute: _pick(rng, [v for v in ALTERNATIVES[attribute] if v not in taken])}
+    return replace(caption, **change)
 
 
 def corrupt(caption: Caption, probability: float, rng: np.random.Generator) -> Caption:

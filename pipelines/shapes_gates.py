@@ -17,7 +17,7 @@ from raftdiff.shapes.oracle import Reading, judge_reading, read
 
 from . import shapes, shapes_scorers, shapes_training
 
-GUIDANCE = 2.0  # as the demo samples
+GUIDANCE = 1.5  # as the demo samples
 STEPS = 10
 K = 8
 
@@ -58,7 +58,7 @@ def check(*, count: int = 256, console: Console, seed: int = 1234) -> bool:
             gate("base: some shape fits the object", float(np.mean([bool(o and o.shape) for o in objects])), 0.85)
             gate("base: strict score, single objects", float(strict.mean()), 0.30, 0.65)
             gate(f"base: best of {K} strict, single objects", float(strict.any(1).mean()), 0.80)
-            for guidance in (1.0, 1.5, 3.0):
+            for guidance in (1.0, 2.0, 3.0):
                 again = draw(pipeline, asked, 2, guidance_scale=guidance, seed=seed)
                 score = np.mean(
                     [all(judge_reading(r, c).values()) for row, c in zip(again, asked, strict=True) for r in row]

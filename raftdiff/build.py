@@ -191,6 +191,11 @@ def build_accelerator(config: RunConfig) -> Accelerator:
     return accelerator
 
 
+def default_device() -> str:
+    """The GPU where there is one."""
+    return str(Accelerator().device)
+
+
 def load_pipeline(model: ModelConfig, device: str = "cpu") -> Any:
     """The pipeline that `model` names, configured, on its device.
 
@@ -310,6 +315,10 @@ def build_reward(
                     f"rewards: {reward.name} has no option {option!r}{nearest(option, accepted)} "
                     f"(it has {', '.join(accepted)})"
                 )
+        missing = [n for n, p in accepted.items() if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
+        for name in missing:
+            if name not in options:
+                raise ConfigError(f"rewards: {reward.name} needs the option {name!r}: docs/rewards.md")
         made = kind(**options)
     if reward.label:
         made = _Labelled(made, reward.label)

@@ -78,7 +78,6 @@ def _parser() -> argparse.ArgumentParser:
         return sub
 
     def configuration(sub: argparse.ArgumentParser) -> None:
-        sub.add_argument("config", nargs="?", help="run.yaml")
         sub.add_argument("--preset", help=f"start from a preset: {', '.join(presets())}")
         sub.add_argument("--allow-code", action="store_true", help="allow `module:Class` names in the configuration")
 
@@ -160,9 +159,11 @@ def _configured(known: argparse.Namespace, settings: Sequence[str]) -> RunConfig
 
     from .config import RunConfig, dump_config, load_config, parse_config
 
-    if known.config and known.preset:
+    # The file comes first, so that it cannot be taken for the value of a setting that this parser does not know.
+    file, settings = (settings[0], settings[1:]) if settings and not settings[0].startswith("-") else (None, settings)
+    if file and known.preset:
         raise ConfigError("give a file or a --preset, not both")
-    start = load_config(known.config) if known.config else load_preset(known.preset) if known.preset else RunConfig()
+    start = load_config(file) if file else load_preset(known.preset) if known.preset else RunConfig()
     import pydantic
     import yaml
 
@@ -262,12 +263,12 @@ def _prompts(source: str):
 def _sample(known: argparse.Namespace, settings: Sequence[str]) -> None:
     import json
 
-    from .build import build_policy, load_lora, load_pipeline
+    from .build import build_policy, default_device, load_lora, load_pipeline
     from .config import ModelConfig, RunConfig, SamplingConfig
     from .report import image_grid
 
     prompts = _prompts(known.prompts)
-    pipeline = load_pipeline(ModelConfig(path=known.model))
+    pipeline = load_pipeline(ModelConfig(path=known.model), default_device())
     if known.lora:
         load_lora(pipeline, known.lora)
     config = RunConfig(
@@ -299,7 +300,7 @@ def _score(known: argparse.Namespace, settings: Sequence[str]) -> None:
     import yaml
     from rich.table import Table
 
-    from .build import build_reward
+    from .build import build_reward, default_device
     from .checkpoint import write_file
     from .config import RewardConfig
     from .data import read_folder
@@ -316,7 +317,7 @@ def _score(known: argparse.Namespace, settings: Sequence[str]) -> None:
     samples, names = read_folder(known.folder)
     columns, table = {}, Table("reward", "mean", "95% interval", "scored", box=None, pad_edge=False)
     for name in known.reward:
-        reward = build_reward(RewardConfig(name=name, options=options[name])).reward
+        reward = build_reward(RewardConfig(name=name, options=options[name]), device=default_device()).reward
         columns[name] = score_parts(samples, reward, max_failed=1.0).tolist()
         found = paired_interval(columns[name], [s.prompt.id for s in samples])
         scored = sum(value == value for value in columns[name])

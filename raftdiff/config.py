@@ -161,9 +161,9 @@ class EvaluationConfig(Settings):
     paper."""
 
 
-class RaftConfig(Settings):
-    name: Literal["raft"] = "raft"
-    """The algorithm."""
+class AlgorithmConfig(Settings):
+    name: str = "raft"
+    """A registered algorithm (`raftdiff list`), or `module:Class` with --allow-code."""
     options: dict[str, Any] = {}
     """Options of the algorithm: docs/raft.md."""
     replay: Part = 0.0
@@ -191,7 +191,7 @@ class RunConfig(Settings):
     """What is trained on: a weighted combination."""
     combine: Literal["sum", "standardized"] = "standardized"
     """How rewards are combined: weighted sum of raw values, or of values standardised over the round's samples."""
-    algorithm: RaftConfig = RaftConfig()
+    algorithm: AlgorithmConfig = AlgorithmConfig()
     sampling: SamplingConfig = SamplingConfig()
     training: TrainingConfig = TrainingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()

@@ -8,6 +8,7 @@ import json
 import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from difflib import get_close_matches
 from itertools import count
 from pathlib import Path
@@ -33,7 +34,8 @@ def load_prompts(source: str | Path | Sequence[str], *, limit: int | None = None
     `source` is a list of prompts; or the path of a file: one prompt a line, `.jsonl`, `.csv` or `.parquet` with a
     column `prompt`, `caption` or `text` (the first of these that is there; the others become the metadata, except
     binary columns of parquet); or `shapes:KIND[/COUNT[/SEED]]`, distinct captions of the embedded world, KIND one
-    of single, count, relation, all, bare (64 and seed 0 unless said; for bare, "a COLOR SHAPE", all 24). Text is
+    of single, count, relation, all, bare, open (64 and seed 0 unless said; bare is "a COLOR SHAPE", all 24 unless
+    said, open is that with or without a background, 144, which leave size and position open). Text is
     UTF-8, with or without a byte order mark, with any line endings. Files are streamed and read no further than
     `limit` asks.
 
@@ -193,12 +195,14 @@ def _check_readable(text: str, where: str) -> None:
 
 
 _BARE = [Caption(color=color, shape=shape) for color in COLORS for shape in SHAPES]
+_OPEN = [replace(caption, background=background) for caption in _BARE for background in (None, *BACKGROUNDS)]
 _WITH_BACKGROUND = 1 + len(BACKGROUNDS)
 _DISTINCT = {
     "single": len(_BARE) * (1 + len(SIZES)) * (1 + len(POSITIONS)) * _WITH_BACKGROUND,
     "count": len(_BARE) * len(NUMBERS) * _WITH_BACKGROUND,
     "relation": len(_BARE) * len(RELATIONS) * (len(COLORS) - 1) * len(SHAPES) * _WITH_BACKGROUND,
     "bare": len(_BARE),
+    "open": len(_OPEN),
 }
 _DISTINCT["all"] = _DISTINCT["single"] + _DISTINCT["count"] + _DISTINCT["relation"]
 
@@ -219,9 +223,10 @@ def _shapes(source: str) -> Iterator[Prompt]:
 
 
 def _captions(kind: str, wanted: int, rng: np.random.Generator) -> Iterator[Prompt]:
-    if kind == "bare":
-        for index in rng.permutation(len(_BARE))[:wanted]:
-            yield Prompt(text=str(_BARE[index]), metadata={"kind": "single"})
+    if kind in ("bare", "open"):
+        captions = _BARE if kind == "bare" else _OPEN
+        for index in rng.permutation(len(captions))[:wanted]:
+            yield Prompt(text=str(captions[index]), metadata={"kind": "single"})
         return
     drawn: set[Caption] = set()
     while len(drawn) < wanted:

@@ -83,6 +83,10 @@ class Algorithm(Protocol):
     needs_log_ratio: bool
     """Whether selection needs `Scored.log_ratio`."""
 
+    def validate(self, samples_per_prompt: int) -> None:
+        """Raise ConfigError where so many samples for each prompt make no sense."""
+        ...
+
     def select(self, groups: Sequence[Group], *, round: int, seed: int) -> TrainingSet: ...
 
     def loss(

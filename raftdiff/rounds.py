@@ -16,7 +16,7 @@ from accelerate import Accelerator
 
 from . import sampling, scoring
 from .checkpoint import Checkpoint, Checkpoints, RunLock, clean_staging, publish_folder, sort_header, write_file
-from .config import RunConfig, difference, dump_config, is_identity, load_config
+from .config import RunConfig, difference, dump_config, is_identity, load_config, parse_config
 from .errors import ResumeError
 from .evaluation import Verdict, measure, verdict
 from .interrupts import StopRequest, stop_requests
@@ -179,14 +179,17 @@ class _Stages:
             raise ResumeError(f"{self.folder} holds no run to resume: it has no config.yaml")
         found: Checkpoint | None = None
         if started:
-            changed = difference(load_config(config_file), self.config)
+            found, skipped = self.checkpoints.newest()
+            # A checkpoint knows what it was made with; config.yaml may have been edited since.
+            begun = parse_config(found.meta["config"], where=str(found.folder)) if found else load_config(config_file)
+            begun = begun.model_copy(update={"output": self.config.output, "name": self.config.name})
+            changed = difference(begun, self.config)
             fixed = {key: values for key, values in changed.items() if is_identity(key)}
             if fixed:
                 lines = "; ".join(f"{key}: {old!r} -> {new!r}" for key, (old, new) in fixed.items())
                 raise ResumeError(f"{self.folder} was begun with other settings ({lines}): use a new --name for those")
             for key, (old, new) in changed.items():
                 self.run.display.say(f"resuming with {key}: {old!r} -> {new!r}")
-            found, skipped = self.checkpoints.newest()
             for line in skipped:
                 self.run.display.say(line)
             # The first round is in the metrics a moment before its checkpoint is there.
@@ -378,7 +381,11 @@ class _Stages:
         """Save the state; the round whose adapter would be exported now is kept with it."""
         if self.run.accelerator.is_main_process:
             parts = self.trainer.state()
-            meta = {"fingerprint": self.run.policy.fingerprint(), "parts": sorted(parts)}
+            meta = {
+                "fingerprint": self.run.policy.fingerprint(),
+                "parts": sorted(parts),
+                "config": self.config.model_dump(mode="json"),
+            }
             reports = read_metrics(self.metrics)
             self.checkpoints.save(round, step, parts, meta, [_exported(reports, self.verdict(reports)).round])
 

@@ -185,6 +185,8 @@ def test_generated_captions_are_distinct_of_their_kind_and_the_same_every_time(k
 
 def test_generated_captions_of_every_number_up_to_all_there_are():
     assert len(texts("shapes:count/288")) == 288
+    open_ = texts("shapes:open/144")
+    assert len(set(open_)) == 144 and "a red circle on a cyan background" in open_ and "a red circle" in open_
     bare = texts("shapes:bare")
     assert len(set(bare)) == 24 and set(bare) == set(texts("shapes:bare/24/5"))
     assert {"a red circle", "an orange cross"} <= set(bare) and all(len(text.split()) == 3 for text in bare)

@@ -6,6 +6,7 @@ and goes on from there when it is called again.
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Callable
@@ -251,7 +252,11 @@ def train(work: Path, out: Path, *, stage: str = "all", compile: bool = False) -
 
 
 def save_pipeline(pipeline, folder: Path) -> None:
-    """Write the pipeline's folder with float16 weights; loading brings them back to float32."""
+    """Write the pipeline's folder with float16 weights, which load as float32."""
     for part in (pipeline.vae, pipeline.unet, pipeline.text_encoder):
         part.to(memory_format=torch.contiguous_format)
     pipeline.to(dtype=torch.float16).save_pretrained(folder)
+    # diffusers loads its parts as float32 unless told otherwise, transformers as its configuration says: they must agree.
+    path = folder / "text_encoder" / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) | {"dtype": "float32"}
+    write_file(path, (json.dumps(config, indent=2) + "\n").encode())

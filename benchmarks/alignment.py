@@ -9,11 +9,9 @@ seeds than those that are compared.
 
 from __future__ import annotations
 
-import torch
-
 from benchmarks.common import arguments, compare, configured, console, run, show, table, verdict
 from raftdiff.build import build_policy, load_pipeline
-from raftdiff.config import ModelConfig
+from raftdiff.pipelines.diffusion import DiffusionPolicy
 from raftdiff.prompts import load_prompts
 from raftdiff.shapes.captions import parse
 from raftdiff.shapes.oracle import strict
@@ -21,27 +19,33 @@ from raftdiff.shapes.oracle import strict
 METRICS = ("clip", "shapes-oracle", "shapes-strict", "shapes-rating", "diversity")
 
 
-def ignored(source: str, count: int, config) -> list[str]:
-    """The first `count` captions of `source` that the base draws right in at most half of 8 pictures."""
-    torch.manual_seed(0)
-    policy = build_policy(config, load_pipeline(ModelConfig(path="shapes")))
+TRIES = 4  # pictures by which a caption is judged to be listened to or not
+
+
+def ignored(source: str, count: int, policy: DiffusionPolicy) -> list[str]:
+    """The first `count` captions of `source` that the base draws right in at most half of its tries."""
+    prompts = load_prompts(source)
     chosen: list[str] = []
-    for prompt in load_prompts(source):
-        samples = policy.sample([prompt] * 8, list(range(10_000, 10_008)))
-        right = [strict(s.image.permute(1, 2, 0).numpy(), parse(prompt.text)) for s in samples if s.image is not None]
-        if sum(right) <= len(right) / 2:
-            chosen.append(prompt.text)
-        if len(chosen) == count:
+    for start in range(0, len(prompts), 16):
+        part = prompts[start : start + 16]
+        rows = [prompt for prompt in part for _ in range(TRIES)]
+        samples = policy.sample(rows, [10_000 + i for i in range(len(rows))])
+        right = [strict(s.image.permute(1, 2, 0).numpy(), parse(s.prompt.text)) for s in samples if s.image is not None]
+        for i, prompt in enumerate(part):
+            if sum(right[i * TRIES : (i + 1) * TRIES]) <= TRIES / 2:
+                chosen.append(prompt.text)
+        if len(chosen) >= count:
             break
-    return chosen
+    return chosen[:count]
 
 
 def main() -> None:
-    options = arguments(__doc__ or "", seeds=[1], prompts=512, held_out=128, preset="shapes-clip")
+    options = arguments(__doc__ or "", seeds=[1], prompts=320, held_out=96, preset="shapes-clip")
     base_config = configured(options.preset, options.output, "alignment", {})
     console.print("looking for captions that the base does not listen to")
-    held_out = ignored("shapes:single/400/22", options.held_out, base_config)
-    training = [p for p in ignored("shapes:single/1200/21", options.prompts, base_config) if p not in set(held_out)]
+    policy = build_policy(base_config, load_pipeline(base_config.model))
+    held_out = ignored("shapes:single/400/22", options.held_out, policy)
+    training = [p for p in ignored("shapes:single/1200/21", options.prompts, policy) if p not in set(held_out)]
     console.print(f"{len(training)} to train on, {len(held_out)} held out")
     aligned, control, base = [], [], []
     for seed in options.seeds:

@@ -53,7 +53,7 @@ class DiffusionPolicy:
             predictions c and u with and without the prompt, so that 1 is none; None is the pipeline's own default.
         call: further arguments for the pipeline's `__call__` (height, width, negative_prompt, ...), for sampling and
             training alike.
-        training_guidance_scale: guidance inside the training error; that of sampling if None.
+        training_guidance_scale: guidance inside the training error; 1 for none.
         caption_dropout: share of training rows whose prompt is emptied.
         snr_gamma: Min-SNR weighting of the error, arXiv 2303.09556, eq. 5 (eps and v prediction).
         timesteps: distribution of the training timesteps.
@@ -74,7 +74,7 @@ class DiffusionPolicy:
         guidance_scale: float | None = None,
         batch_size: int = 8,
         call: Mapping[str, Any] | None = None,
-        training_guidance_scale: float | None = None,
+        training_guidance_scale: float = 1.0,
         caption_dropout: float = 0.1,
         snr_gamma: float | None = None,
         timesteps: Literal["uniform", "logit-normal"] = "uniform",
@@ -95,8 +95,7 @@ class DiffusionPolicy:
         self.call = dict(call or {})
         self._guidance = _GuidanceArgument(pipeline)
         self.guidance_scale = float(self._guidance.default if guidance_scale is None else guidance_scale)
-        trained_at = self.guidance_scale if training_guidance_scale is None else training_guidance_scale
-        self.training_guidance_scale = float(trained_at)
+        self.training_guidance_scale = float(training_guidance_scale)
         self.caption_dropout = caption_dropout
         self.snr_gamma = snr_gamma
         self.timesteps = timesteps

@@ -256,7 +256,7 @@ def save_pipeline(pipeline, folder: Path) -> None:
     for part in (pipeline.vae, pipeline.unet, pipeline.text_encoder):
         part.to(memory_format=torch.contiguous_format)
     pipeline.to(dtype=torch.float16).save_pretrained(folder)
-    # diffusers loads its parts as float32 unless told otherwise, transformers as its configuration says: they must agree.
+    # Unless told otherwise, diffusers loads as float32 and transformers as its configuration says: they must agree.
     path = folder / "text_encoder" / "config.json"
     config = json.loads(path.read_text(encoding="utf-8")) | {"dtype": "float32"}
     write_file(path, (json.dumps(config, indent=2) + "\n").encode())

@@ -100,9 +100,10 @@ class TrainingConfig(Settings):
     """Gradient norm above which the gradient is scaled down."""
     precision: Dtype = "fp32"
     """Arithmetic of the forward pass in training."""
-    guidance_scale: float | None = None
-    """Guidance inside the training loss; that of sampling if absent. A model trained on guided samples with an
-    unguided loss would have guidance applied twice when it is sampled with guidance again."""
+    guidance_scale: Annotated[float, Field(ge=1)] = 1.0
+    """Guidance inside the training loss; 1 for none. With 1, training on guided samples moves guidance into the model,
+    and sampling it with guidance applies that again; with the scale of sampling it does not, at the price of an extra
+    pass and a noisier gradient. docs/raft.md has both measured."""
     caption_dropout: Share = 0.1
     """Share of training rows whose prompt is emptied, so that guidance keeps working."""
     snr_gamma: Annotated[float, Field(gt=0)] | None = None

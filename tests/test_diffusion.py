@@ -701,6 +701,6 @@ def test_guidance_in_training_and_dropped_prompts_follow_the_formula(family: str
         torch.testing.assert_close(policy.error(samples, draw), expected_B, atol=1e-6, rtol=1e-5)
 
 
-def test_the_training_error_has_the_guidance_of_sampling_unless_told_otherwise():
-    assert policy_of("sd-eps", guidance_scale=3.0).training_guidance_scale == 3.0
-    assert policy_of("sd-eps", guidance_scale=3.0, training_guidance_scale=1.0).training_guidance_scale == 1.0
+def test_the_training_error_has_no_guidance_unless_told_otherwise():
+    assert policy_of("sd-eps", guidance_scale=3.0).training_guidance_scale == 1.0
+    assert policy_of("sd-eps", guidance_scale=3.0, training_guidance_scale=3.0).training_guidance_scale == 3.0

@@ -7,6 +7,7 @@ import re
 import pytest
 import yaml
 
+from raftdiff.build import build_algorithm
 from raftdiff.cli import load_preset, presets
 from raftdiff.config import RunConfig, difference, dump_config, is_identity, load_config, parse_config
 from raftdiff.errors import ConfigError
@@ -52,7 +53,6 @@ def refusal(values: dict) -> str:
         ({"name": "a\nb"}, "is not a folder name"),
         ({"algorithm": {"replay": 1.0}}, "algorithm.replay: Input should be less than 1"),
         ({"algorithm": {"replay": 0.5}, "data": {"path": "x", "share": 0.5}}, "must leave room"),
-        ({"algorithm": {"name": "rft"}}, "algorithm.name: Input should be 'raft', found 'rft'"),
         ({"model": {"device": "cpu", "dtype": "fp16"}}, "fp16 needs a GPU"),
         ({"model": {"device": "cpu"}, "training": {"precision": "fp16"}}, "fp16 needs a GPU"),
     ],
@@ -158,3 +158,10 @@ def test_every_setting_is_documented_where_it_is_defined():
 
     assert list(undocumented(RunConfig)) == []
     assert re.fullmatch(r"[A-Z].*\.", RunConfig.model_fields["rounds"].description or "")
+
+
+def test_an_unknown_algorithm_or_option_is_refused_with_the_nearest_name():
+    with pytest.raises(ConfigError, match=r"unknown algorithm 'rft'; did you mean 'raft'\?"):
+        build_algorithm(RunConfig.model_validate({"algorithm": {"name": "rft"}}))
+    with pytest.raises(ConfigError, match=r"raft has no option 'keeep'; did you mean 'keep'\?"):
+        build_algorithm(RunConfig.model_validate({"algorithm": {"options": {"keeep": 1}}}))

@@ -116,7 +116,8 @@ def test_align_takes_a_pipeline_prompts_and_a_function_and_gives_a_lora_that_loa
 
 
 def test_the_ledger_counts_every_row_that_goes_through_the_denoiser(tmp_path):
-    config = tiny_config(tmp_path, rounds=1, sampling={"guidance_scale": 2.0}, evaluation={"guidance_scales": [1.0]})
+    guided = {"sampling": {"guidance_scale": 2.0}, "training": {"guidance_scale": 2.0}}
+    config = tiny_config(tmp_path, rounds=1, **guided, evaluation={"guidance_scales": [1.0]})
     base, first = finish_pipeline(config).reports
     cost = {stage.stage: stage.passes for stage in first.ledger}
     assert {stage.stage: stage.passes for stage in base.ledger} == {"evaluate": 4 * 2}  # prompts x steps

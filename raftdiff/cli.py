@@ -201,11 +201,15 @@ def _run(config: RunConfig, *, allow_code: bool, resume: bool = False) -> Result
 
 
 def _demo(known: argparse.Namespace, settings: Sequence[str]) -> None:
+    from .evaluation import LEAST_DIVERSITY
+
     preset = load_preset("demo")
     names = ["demo", *(f"demo-{i}" for i in range(2, 1000))]
     name = next(name for name in names if not (Path(known.output) / name).exists())
     config = preset.model_copy(update={"name": name, "output": known.output, "seed": known.seed})
     result = _run(config, allow_code=False)
+    kept = result.aligned[0].metrics["diversity"].mean / result.base[0].metrics["diversity"].mean
+    console.print(f"diversity is at {kept:.0%} of the base's; below {LEAST_DIVERSITY:.0%} it counts as collapsed")
     console.print(
         f'load it  pipe = DiffusionPipeline.from_pretrained("{_embedded_pipeline()}"); '
         f'pipe.load_lora_weights("{result.lora_path}")',

@@ -21,6 +21,7 @@ from .types import Evaluation, Interval, Sample
 
 RESAMPLES = 4999
 PIXEL_SIDE = 32
+LEAST_DIVERSITY = 0.5  # of the base model's; below it a run counts as collapsed
 
 Embed = Callable[[Sequence[Sample]], torch.Tensor]
 """Samples to one feature vector each, float [B, D]."""
@@ -198,7 +199,7 @@ def verdict(
     trained: str,
     held_out: Sequence[str] = (),
     patience: int = 3,
-    least_diversity: float = 0.5,
+    least_diversity: float = LEAST_DIVERSITY,
 ) -> Verdict:
     """Tell progress from reward hacking, by the last evaluation against those before it.
 

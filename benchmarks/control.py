@@ -31,7 +31,7 @@ def main() -> None:
         for metric in METRICS
     ]
     table(
-        f"\nHeld-out prompts, seeds {options.seeds}, without guidance; mean (95% interval)",
+        f"\nHeld-out prompts, seeds {options.seeds}, guidance {aligned[0].guidance_scale:g}; mean (95% interval)",
         ["metric", "selected - random", "selected - base", "random - base"],
         rows,
     )

@@ -77,7 +77,7 @@ def sampling(pipeline: Any, policy: DiffusionPolicy, prompts: list[Prompt], size
     seeds = list(range(len(rows)))
 
     def ours():
-        policy._encodings.clear()  # each repeat encodes its prompts anew, as the others do
+        policy._prompts._prompts.clear()  # each repeat encodes its prompts anew, as the others do
         policy.sample(rows, seeds)
 
     def bare(batch: int) -> Callable[[], None]:
@@ -116,7 +116,8 @@ def training(policy: DiffusionPolicy, hand: Any, batch: int, repeats: int, promp
     unet.add_adapter(LoraConfig(r=8, lora_alpha=8, target_modules=ATTENTION[:4]))
     parameters = [p for p in unet.parameters() if p.requires_grad]
     own = torch.optim.AdamW(parameters, lr=1e-5)
-    states, _ = hand.encode_prompt(texts[:1], unet.device, 1, False)
+    with torch.no_grad():
+        states, _ = hand.encode_prompt(texts[:1], unet.device, 1, False)
     states = states.expand(batch, -1, -1)
     x0 = torch.stack([s.latents for s in samples if s.latents is not None]).to(unet.device)
     schedule = policy._schedule

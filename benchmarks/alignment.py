@@ -10,8 +10,9 @@ seeds than those that are compared.
 from __future__ import annotations
 
 from benchmarks.common import arguments, compare, configured, console, run, show, table, verdict
-from raftdiff.build import build_policy, load_pipeline
+from raftdiff.build import build_policy
 from raftdiff.pipelines.diffusion import DiffusionPolicy
+from raftdiff.pipelines.loading import load_pipeline
 from raftdiff.prompts import load_prompts
 from raftdiff.shapes.captions import parse
 from raftdiff.shapes.oracle import strict

@@ -20,9 +20,10 @@ from peft import LoraConfig
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from benchmarks.common import arguments, configured, run, table
-from raftdiff.build import load_pipeline
 from raftdiff.config import AdapterConfig, ModelConfig
-from raftdiff.pipelines.diffusion import ATTENTION, DiffusionPolicy
+from raftdiff.pipelines.diffusion import DiffusionPolicy
+from raftdiff.pipelines.loading import load_pipeline
+from raftdiff.pipelines.lora import ATTENTION
 from raftdiff.pipelines.shapes import build_tokenizer
 from raftdiff.types import Prompt
 

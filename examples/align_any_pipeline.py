@@ -13,7 +13,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 import raftdiff
-from raftdiff.build import DTYPES
+from raftdiff.pipelines.loading import DTYPES
 from raftdiff.rounds import Result
 
 

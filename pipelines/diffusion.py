@@ -11,7 +11,7 @@ So the pipeline's own `__call__` is run for everything, with two of its parts wa
   and no family's way of conditioning is needed;
 * while sampling, the last `scheduler.step` gives x_0, in whatever layout the family denoises in: what training
   needs, with no VAE encode;
-* while training, `_OneStep` stands in for the scheduler: one step, at timesteps of our choosing for each row, which
+* while training, `OneStep` stands in for the scheduler: one step, at timesteps of our choosing for each row, which
   hands back the model output with its graph. Timestep scaling, packed latents, learned variance, position ids and
   guidance embeddings stay the pipeline's business.
 """
@@ -21,15 +21,13 @@ from __future__ import annotations
 import functools
 import hashlib
 import inspect
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from diffusers import DDPMScheduler
-from diffusers.training_utils import cast_training_params, compute_snr
+from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 
@@ -37,10 +35,13 @@ from raftdiff.config import AdapterConfig
 from raftdiff.errors import ConfigError, DataError, WeightsError
 from raftdiff.types import Draw, Prompt, Sample
 
+from .loading import DTYPES
+from .lora import lora_targets
+from .replay import GuidanceArgument, OneStep, PromptRecord
+from .schedule import NoiseSchedule
+
 ADAPTER = "raftdiff"
-ATTENTION = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
 BLACK = 4  # an image none of whose pixels is brighter than this, of 255, is black
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class DiffusionPolicy:
@@ -93,7 +94,7 @@ class DiffusionPolicy:
         self.num_inference_steps = num_inference_steps
         self.batch_size = batch_size
         self.call = dict(call or {})
-        self._guidance = _GuidanceArgument(pipeline)
+        self._guidance = GuidanceArgument(pipeline)
         self.guidance_scale = float(self._guidance.default if guidance_scale is None else guidance_scale)
         self.training_guidance_scale = float(training_guidance_scale)
         self.caption_dropout = caption_dropout
@@ -101,8 +102,8 @@ class DiffusionPolicy:
         self.timesteps = timesteps
         self.precision = DTYPES[precision]
         self.passes = 0
-        self._prompts = _PromptRecord(inspect.signature(pipeline.encode_prompt))
-        self._schedule = _NoiseSchedule(pipeline.scheduler)
+        self._prompts = PromptRecord(inspect.signature(pipeline.encode_prompt))
+        self._schedule = NoiseSchedule(pipeline.scheduler)
         self._fingerprint = _fingerprint(self.denoiser)
         pipeline.set_progress_bar_config(disable=True)
         for component in pipeline.components.values():
@@ -304,7 +305,7 @@ class DiffusionPolicy:
         if self.precision != torch.float32:
             autocast = torch.autocast(x_t.device.type, self.precision)
         pipeline = self.pipeline
-        stand_in = _OneStep(pipeline.scheduler, t_B)
+        stand_in = OneStep(pipeline.scheduler, t_B)
         scheduler, pipeline.scheduler = pipeline.scheduler, stand_in
         self.denoiser.train(torch.is_grad_enabled())  # LoRA dropout
         try:
@@ -377,221 +378,6 @@ class DiffusionPolicy:
             yield
         finally:
             del self.pipeline.encode_prompt
-
-
-class _GuidanceArgument:
-    """How the pipeline's `__call__` is told of guidance.
-
-    Where there is a `true_cfg_scale`, `guidance_scale` is an input of a distilled model and is left alone, and
-    guidance needs a negative prompt. Some pipelines compute c + s (c - u), so that 0 is no guidance, not 1.
-    """
-
-    def __init__(self, pipeline: Any):
-        parameters = inspect.signature(type(pipeline).__call__).parameters
-        self.name = "true_cfg_scale" if "true_cfg_scale" in parameters else "guidance_scale"
-        pipeline._guidance_scale = 1.0
-        self.none = 0.0 if getattr(pipeline, "do_classifier_free_guidance", False) else 1.0
-        self.default = parameters[self.name].default + 1.0 - self.none
-
-    def arguments(self, scale: float) -> dict[str, Any]:
-        arguments: dict[str, Any] = {self.name: scale - 1.0 + self.none}
-        if self.name == "true_cfg_scale" and scale > 1:
-            arguments["negative_prompt"] = ""
-        return arguments
-
-
-class _PromptRecord:
-    """What `encode_prompt` returned for each prompt, kept on the CPU.
-
-    With guidance it returns the same values for the negative prompt as well; without, it leaves their places empty.
-    So the two sides are told apart, recorded apart and put together again, whatever the family calls them. The
-    negative side of all prompts is encoded once, beside the empty prompt.
-    """
-
-    def __init__(self, signature: inspect.Signature):
-        self._signature = signature
-        self._prompts: dict[tuple, tuple] = {}
-        self._negatives: dict[tuple, tuple] = {}
-        self._places: list[bool] = []
-        """Which of the returned values are of the negative prompt; none are known at first."""
-        self.negative_by_second_call = "do_classifier_free_guidance" not in signature.parameters
-        """Whether the family encodes a negative prompt by a call of its own, as it does any prompt."""
-
-    def replay(self, encode: Callable[..., Any], device: torch.device, /, *args, **kwargs) -> Any:
-        """`encode(*args, **kwargs)`, row by row from the record; only what is new is encoded. A prompt that is None
-        is given the values of its negative prompt."""
-        bound = self._signature.bind(*args, **kwargs)
-        bound.apply_defaults()
-        columns = {k: v for k, v in bound.arguments.items() if "prompt" in k and isinstance(v, list)}
-        guided = bool(bound.arguments.get("do_classifier_free_guidance"))
-
-        @torch.no_grad()
-        def encode_with(**changed: Any) -> Any:
-            arguments = inspect.BoundArguments(self._signature, OrderedDict(bound.arguments, **changed))
-            return encode(*arguments.args, **arguments.kwargs)
-
-        rows = [dict(zip(columns, texts, strict=True)) for texts in zip(*columns.values(), strict=True)]
-        encodings = [self._row(encode_with, row, guided) for row in rows]
-        if _ragged(encodings):  # of different lengths: only the pipeline knows how it pads them
-            texts = [row.get("negative_prompt") or "" if row["prompt"] is None else row["prompt"] for row in rows]
-            return encode_with(prompt=texts)
-        stacked = _stack(encodings, device)
-        return stacked if len(stacked) > 1 else stacked[0]
-
-    def _row(self, encode: Callable[..., Any], row: dict[str, str | None], guided: bool) -> tuple:
-        if row["prompt"] is None:
-            negative = iter(self._negative(encode, row))
-            return tuple(None if place else next(negative) for place in self._places)
-        prompt = self._prompt(encode, row)
-        if not guided:
-            return prompt
-        negative = iter(self._negative(encode, row))
-        return tuple(next(negative) if place else value for value, place in zip(prompt, self._places, strict=True))
-
-    def _prompt(self, encode: Callable[..., Any], row: dict[str, str | None]) -> tuple:
-        key = tuple(row.items())
-        if key not in self._prompts:
-            self._prompts[key] = self._encode(encode, row, guided=False)
-            self._places = [value is None or (isinstance(value, list) and not value) for value in self._prompts[key]]
-        return self._prompts[key]
-
-    def _negative(self, encode: Callable[..., Any], row: dict[str, str | None]) -> tuple:
-        key = tuple((name, text) for name, text in row.items() if name.startswith("negative"))
-        if key not in self._negatives:
-            empty = {name: text if name.startswith("negative") else "" for name, text in row.items()}
-            if not self._places:
-                self._prompt(encode, empty)
-            if not any(self._places):
-                raise ConfigError(
-                    "encode_prompt of this pipeline does not return the negative prompt's values apart; "
-                    "set sampling.guidance_scale: 1"
-                )
-            both = list(zip(self._encode(encode, empty, guided=True), self._places, strict=True))
-            self._prompts[tuple(empty.items())] = tuple(None if place else value for value, place in both)
-            self._negatives[key] = tuple(value for value, place in both if place)
-        return self._negatives[key]
-
-    def _encode(self, encode: Callable[..., Any], row: dict[str, str | None], *, guided: bool) -> tuple:
-        guidance = {} if self.negative_by_second_call else {"do_classifier_free_guidance": guided}
-        values = encode(**{name: [text] for name, text in row.items()}, **guidance)
-        return _moved(values if isinstance(values, tuple) else (values,), torch.device("cpu"))
-
-
-def _moved(value: Any, device: torch.device) -> Any:
-    """Tensors, alone or in tuples and lists, on `device`."""
-    if isinstance(value, (tuple, list)):
-        return type(value)(_moved(item, device) for item in value)
-    return value.to(device) if isinstance(value, torch.Tensor) else value
-
-
-def _ragged(rows: list[tuple]) -> bool:
-    return any(len({v.shape for v in values if isinstance(v, torch.Tensor)}) > 1 for values in zip(*rows, strict=True))
-
-
-def _stack(rows: list[tuple], device: torch.device) -> tuple:
-    """Rows of encodings as one batch: what has a batch axis is concatenated, what has none is the same in all."""
-    stacked: list[Any] = []
-    for values in zip(*rows, strict=True):
-        first = values[0]
-        if isinstance(first, torch.Tensor) and first.dim() > 0 and first.shape[0] == 1:
-            stacked.append(torch.cat(values))
-        elif isinstance(first, list):
-            stacked.append([item for value in values for item in value])
-        else:
-            stacked.append(first)
-    return _moved(tuple(stacked), device)
-
-
-class _OneStep:
-    """A scheduler with one step, at a timestep for each row, that keeps the model output."""
-
-    order = 1
-    init_noise_sigma = 1.0
-    num_inference_steps = 1
-
-    def __init__(self, scheduler, t_B: torch.Tensor):
-        self._scheduler, self._t_B, self.config = scheduler, t_B, scheduler.config
-        self.model_output: torch.Tensor | None = None
-
-    def set_timesteps(self, num_inference_steps=None, device=None, timesteps=None, sigmas=None, mu=None, **_):
-        self.timesteps = self._t_B[None]  # the pipeline's loop runs once, with a whole batch of timesteps
-        self.sigmas = torch.ones(2)
-
-    def set_begin_index(self, *_):
-        pass
-
-    def scale_model_input(self, sample, timestep=None):
-        return sample
-
-    def step(self, model_output, timestep, sample, **_):
-        self.model_output = model_output
-        return (sample,)
-
-    def __getattr__(self, name):
-        return getattr(self._scheduler, name)
-
-
-class _NoiseSchedule:
-    """x_t and the training target from x_0, by the noise schedule that the model was trained on."""
-
-    def __init__(self, scheduler):
-        config = scheduler.config
-        self.steps = config.get("num_train_timesteps", 1000)
-        self.prediction = config.get("prediction_type", "epsilon")
-        self.flow = type(scheduler).__name__.startswith("FlowMatch") or self.prediction == "flow_prediction"
-        if not self.flow:
-            if self.prediction not in ("epsilon", "v_prediction", "sample"):
-                raise ConfigError(f"{type(scheduler).__name__}: prediction type {self.prediction!r} cannot be trained")
-            self.forward = DDPMScheduler.from_config(config)
-
-    def timesteps(self, quantile_B: torch.Tensor, distribution: str) -> torch.Tensor:
-        """Quantiles in [0, 1) to timesteps: whole ones for discrete schedules, in (0, steps) for flow matching."""
-        if distribution == "logit-normal":  # arXiv 2403.03206, eq. 19, with mean 0 and deviation 1
-            quantile_B = torch.sigmoid(torch.special.ndtri(quantile_B.double().clamp(1e-6, 1 - 1e-6))).float()
-        if self.flow:
-            return quantile_B.clamp(1e-3, 1.0) * self.steps
-        return (quantile_B * self.steps).long().clamp(max=self.steps - 1)
-
-    def noised(self, x0, noise, t_B) -> tuple[torch.Tensor, torch.Tensor]:
-        if self.flow:
-            t = (t_B / self.steps).view(-1, *[1] * (x0.dim() - 1))
-            return (1 - t) * x0 + t * noise, noise - x0
-        x_t = self.forward.add_noise(x0, noise, t_B)
-        if self.prediction == "v_prediction":
-            return x_t, self.forward.get_velocity(x0, noise, t_B)
-        return x_t, noise if self.prediction == "epsilon" else x0
-
-    def weight(self, t_B, snr_gamma: float | None) -> torch.Tensor | float:
-        if snr_gamma is None or self.flow:
-            return 1.0
-        snr_B = compute_snr(self.forward, t_B).float()
-        capped_B = snr_B.clamp(max=snr_gamma)
-        return capped_B / {"epsilon": snr_B, "v_prediction": snr_B + 1, "sample": 1.0}[self.prediction]
-
-
-def lora_targets(denoiser: torch.nn.Module, targets: str | Sequence[str]) -> list[str]:
-    """Names of the layers of `denoiser` that carry the LoRA.
-
-    Raises:
-        ConfigError: no layer has such a name.
-    """
-    if targets == "attention":
-        endings = ATTENTION
-    elif isinstance(targets, str):
-        kinds = (torch.nn.Linear,) if targets == "linear" else (torch.nn.Linear, torch.nn.Conv2d)
-        return [name for name, module in denoiser.named_modules() if isinstance(module, kinds)]
-    else:
-        endings = list(targets)
-    found = [
-        name
-        for name, module in denoiser.named_modules()
-        if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d))
-        and any(name == ending or name.endswith(f".{ending}") for ending in endings)
-    ]
-    if not found:
-        layers = sorted({n.rsplit(".", 1)[-1] for n, m in denoiser.named_modules() if isinstance(m, torch.nn.Linear)})
-        raise ConfigError(f"adapter.targets: no layer is called {endings}; linear layers here: {', '.join(layers)}")
-    return found
 
 
 def _latents(sample: Sample) -> torch.Tensor:

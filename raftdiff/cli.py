@@ -267,8 +267,9 @@ def _prompts(source: str):
 def _sample(known: argparse.Namespace, settings: Sequence[str]) -> None:
     import json
 
-    from .build import build_policy, default_device, load_lora, load_pipeline
+    from .build import build_policy, default_device
     from .config import ModelConfig, RunConfig, SamplingConfig
+    from .pipelines.loading import load_lora, load_pipeline
     from .report import image_grid
 
     prompts = _prompts(known.prompts)

@@ -32,13 +32,10 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPVisionConfig
 
 from raftdiff.config import AdapterConfig
 from raftdiff.errors import ConfigError, DataError, WeightsError
-from raftdiff.pipelines.diffusion import (
-    DiffusionPolicy,
-    _GuidanceArgument,
-    _NoiseSchedule,
-    _PromptRecord,
-    lora_targets,
-)
+from raftdiff.pipelines.diffusion import DiffusionPolicy
+from raftdiff.pipelines.lora import lora_targets
+from raftdiff.pipelines.replay import GuidanceArgument, PromptRecord
+from raftdiff.pipelines.schedule import NoiseSchedule
 from raftdiff.protocols import Policy
 from raftdiff.types import Draw, Prompt, Sample
 
@@ -405,10 +402,10 @@ def test_guidance_is_the_pipelines_own_by_default():
 
 def test_guidance_is_said_in_the_words_of_each_pipeline():
     scheduler = FlowMatchEulerDiscreteScheduler()
-    from_zero = _GuidanceArgument(ZImagePipeline(scheduler, None, None, None, None))  # computes c + s (c - u)
+    from_zero = GuidanceArgument(ZImagePipeline(scheduler, None, None, None, None))  # computes c + s (c - u)
     assert from_zero.arguments(1.0) == {"guidance_scale": 0.0}
     assert from_zero.arguments(6.0) == {"guidance_scale": 5.0} and from_zero.default == 6.0
-    by_negative_prompt = _GuidanceArgument(QwenImagePipeline(scheduler, None, None, None, None))
+    by_negative_prompt = GuidanceArgument(QwenImagePipeline(scheduler, None, None, None, None))
     assert by_negative_prompt.arguments(1.0) == {"true_cfg_scale": 1.0}
     assert by_negative_prompt.arguments(4.0) == {"true_cfg_scale": 4.0, "negative_prompt": ""}
     assert by_negative_prompt.default == 4.0
@@ -421,7 +418,7 @@ def test_prompts_that_encode_to_different_lengths_are_padded_by_the_pipeline():
         mask = torch.tensor([[i < len(text) for i in range(longest)] for text in prompt])
         return mask[:, :, None].float(), None if mask.all() else mask
 
-    replay = functools.partial(_PromptRecord(inspect.signature(encode_prompt)).replay, encode_prompt)
+    replay = functools.partial(PromptRecord(inspect.signature(encode_prompt)).replay, encode_prompt)
     embeds, mask = replay(torch.device("cpu"), ["abc", "a"])
     assert embeds.shape == (2, 3, 1) and mask.tolist() == [[True, True, True], [True, False, False]]
     embeds, mask = replay(torch.device("cpu"), prompt=["abc", "xyz"])
@@ -432,7 +429,7 @@ def test_a_pipeline_whose_guidance_cannot_be_recorded_is_refused():
     def encode_prompt(prompt: list[str], do_classifier_free_guidance: bool):
         return torch.ones(1 + do_classifier_free_guidance, 2)
 
-    record = _PromptRecord(inspect.signature(encode_prompt))
+    record = PromptRecord(inspect.signature(encode_prompt))
     assert record.replay(encode_prompt, torch.device("cpu"), ["a", "b"], False).shape == (2, 2)
     with pytest.raises(ConfigError, match="guidance_scale: 1"):
         record.replay(encode_prompt, torch.device("cpu"), ["a", "b"], True)
@@ -619,7 +616,7 @@ def alphas_cumprod(t: int) -> float:
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
 def test_the_noised_latents_and_targets_follow_their_closed_formulas(prediction: str):
-    schedule = _NoiseSchedule(tiny_models.betas(prediction))
+    schedule = NoiseSchedule(tiny_models.betas(prediction))
     x0, noise = torch.tensor([[2.0, -1.0], [0.5, 3.0]]), torch.tensor([[0.3, 1.0], [-2.0, 0.1]])
     x_t, target = schedule.noised(x0, noise, torch.tensor([10, 700]))
     for i, t in enumerate((10, 700)):
@@ -630,7 +627,7 @@ def test_the_noised_latents_and_targets_follow_their_closed_formulas(prediction:
 
 
 def test_flow_matching_goes_straight_from_latents_to_noise():
-    schedule = _NoiseSchedule(FlowMatchEulerDiscreteScheduler(shift=3.0))
+    schedule = NoiseSchedule(FlowMatchEulerDiscreteScheduler(shift=3.0))
     x_t, target = schedule.noised(
         torch.tensor([[4.0], [4.0]]), torch.tensor([[-2.0], [-2.0]]), torch.tensor([250, 1e3])
     )
@@ -647,7 +644,7 @@ def test_another_prediction_type_is_refused():
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 def test_min_snr_caps_the_weight_of_easy_timesteps(prediction: str):
-    schedule = _NoiseSchedule(tiny_models.betas(prediction))
+    schedule = NoiseSchedule(tiny_models.betas(prediction))
     weights = schedule.weight(torch.tensor([10, 700]), 5.0)
     for weight, t in zip(weights.tolist(), (10, 700), strict=True):
         snr = alphas_cumprod(t) / (1 - alphas_cumprod(t))
@@ -657,17 +654,17 @@ def test_min_snr_caps_the_weight_of_easy_timesteps(prediction: str):
 
 def test_uniform_timesteps_cover_the_whole_schedule():
     quantile_B = torch.tensor([0.0, 0.25, 0.9999])
-    discrete = _NoiseSchedule(tiny_models.betas("epsilon")).timesteps(quantile_B, "uniform")
+    discrete = NoiseSchedule(tiny_models.betas("epsilon")).timesteps(quantile_B, "uniform")
     assert discrete.tolist() == [0, 250, 999]
-    flow = _NoiseSchedule(FlowMatchEulerDiscreteScheduler()).timesteps(quantile_B, "uniform")
+    flow = NoiseSchedule(FlowMatchEulerDiscreteScheduler()).timesteps(quantile_B, "uniform")
     assert flow.tolist() == pytest.approx([1.0, 250.0, 999.9])
 
 
 def test_logit_normal_timesteps_have_the_quantiles_of_their_distribution():
     quantile_B = torch.tensor([0.158655, 0.5, 0.841345])  # of a normal: -1, 0 and 1 deviations
-    flow = _NoiseSchedule(FlowMatchEulerDiscreteScheduler()).timesteps(quantile_B, "logit-normal")
+    flow = NoiseSchedule(FlowMatchEulerDiscreteScheduler()).timesteps(quantile_B, "logit-normal")
     assert flow.tolist() == pytest.approx([268.94, 500.0, 731.06], abs=0.01)
-    discrete = _NoiseSchedule(tiny_models.betas("epsilon")).timesteps(quantile_B, "logit-normal")
+    discrete = NoiseSchedule(tiny_models.betas("epsilon")).timesteps(quantile_B, "logit-normal")
     assert discrete.tolist() == [268, 500, 731]
 
 

@@ -27,18 +27,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 
 from raftdiff.config import AdapterConfig
 from raftdiff.errors import ConfigError, DataError, WeightsError
-from raftdiff.types import Draw, Prompt, Sample
+from raftdiff.types import Denoised, Draw, Prompt, Sample, Trajectory
 
 from .loading import DTYPES
 from .lora import lora_targets
-from .replay import GuidanceArgument, OneStep, PromptRecord
-from .schedule import NoiseSchedule
+from .replay import GuidanceArgument, OneStep, PromptRecord, TrajectoryRecorder
+from .schedule import NoiseSchedule, gaussian_log_prob
 
 ADAPTER = "raftdiff"
 BLACK = 4  # an image none of whose pixels is brighter than this, of 255, is black
@@ -50,6 +51,7 @@ class DiffusionPolicy:
     Args:
         pipeline: any pipeline with `encode_prompt`, a `unet` or a `transformer`, and a `scheduler`.
         adapter: the LoRA to train, or full fine-tuning.
+        trajectory_steps: denoising steps where trajectories are kept, if not `num_inference_steps`.
         num_inference_steps, guidance_scale, batch_size: of sampling. Guidance g means u + g (c - u) for the
             predictions c and u with and without the prompt, so that 1 is none; None is the pipeline's own default.
         call: further arguments for the pipeline's `__call__` (height, width, negative_prompt, ...), for sampling and
@@ -57,6 +59,7 @@ class DiffusionPolicy:
         training_guidance_scale: guidance inside the training error; 1 for none.
         caption_dropout: share of training rows whose prompt is emptied.
         snr_gamma: Min-SNR weighting of the error, arXiv 2303.09556, eq. 5 (eps and v prediction).
+        error_space: whether the error is one of the prediction or of the noise that it stands for.
         timesteps: distribution of the training timesteps.
         precision: arithmetic of the forward pass in training.
 
@@ -72,12 +75,14 @@ class DiffusionPolicy:
         adapter: AdapterConfig | None = None,
         *,
         num_inference_steps: int = 25,
+        trajectory_steps: int | None = None,
         guidance_scale: float | None = None,
         batch_size: int = 8,
         call: Mapping[str, Any] | None = None,
         training_guidance_scale: float = 1.0,
         caption_dropout: float = 0.1,
         snr_gamma: float | None = None,
+        error_space: Literal["prediction", "noise"] = "prediction",
         timesteps: Literal["uniform", "logit-normal"] = "uniform",
         precision: Literal["fp32", "bf16", "fp16"] = "fp32",
     ):
@@ -92,6 +97,7 @@ class DiffusionPolicy:
         self.denoiser = getattr(pipeline, name)
         self.adapter = adapter or AdapterConfig()
         self.num_inference_steps = num_inference_steps
+        self.trajectory_steps = trajectory_steps or num_inference_steps
         self.batch_size = batch_size
         self.call = dict(call or {})
         self._guidance = GuidanceArgument(pipeline)
@@ -99,6 +105,7 @@ class DiffusionPolicy:
         self.training_guidance_scale = float(training_guidance_scale)
         self.caption_dropout = caption_dropout
         self.snr_gamma = snr_gamma
+        self.error_space = error_space
         self.timesteps = timesteps
         self.precision = DTYPES[precision]
         self.passes = 0
@@ -213,28 +220,38 @@ class DiffusionPolicy:
 
     @torch.no_grad()
     def sample(
-        self, prompts: Sequence[Prompt], seeds: Sequence[int], *, guidance_scale: float | None = None
+        self,
+        prompts: Sequence[Prompt],
+        seeds: Sequence[int],
+        *,
+        guidance_scale: float | None = None,
+        noise_level: float | None = None,
     ) -> list[Sample]:
         scale = self.guidance_scale if guidance_scale is None else guidance_scale
         samples: list[Sample] = []
         for start in range(0, len(prompts), self.batch_size):
             rows = slice(start, start + self.batch_size)
-            samples += self._sample_batch(prompts[rows], seeds[rows], scale)
+            samples += self._sample_batch(prompts[rows], seeds[rows], scale, noise_level)
         return samples
 
-    def _sample_batch(self, prompts, seeds, guidance_scale) -> list[Sample]:
+    def _sample_batch(self, prompts, seeds, guidance_scale, noise_level) -> list[Sample]:
         # Noise comes from CPU generators: the same seed is the same noise on every device.
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        with self._recorded(), self._watched_scheduler() as last:
+        recorder = None
+        if noise_level is not None:
+            self.check_trajectories()
+            recorder = TrajectoryRecorder(self._schedule, self.pipeline.scheduler, noise_level, generators)
+        with self._recorded(), self._watched_scheduler(recorder) as last:
             output = self.pipeline(
                 prompt=[p.text for p in prompts],
-                num_inference_steps=self.num_inference_steps,
+                num_inference_steps=self.num_inference_steps if recorder is None else self.trajectory_steps,
                 generator=generators,
                 output_type="pt",
                 **self._arguments(len(prompts), guidance_scale),
             )
         latents = last["x0"].float().cpu()
         images = (output.images.float() * 255).round().clamp(0, 255).to(torch.uint8).cpu()
+        trajectories = [None] * len(prompts) if recorder is None else recorder.trajectories(guidance_scale)
         unsafe = getattr(output, "nsfw_content_detected", None) or [False] * len(prompts)
         return [
             Sample(
@@ -243,10 +260,21 @@ class DiffusionPolicy:
                 seed=seed,
                 image=images[i],
                 latents=latents[i],
+                trajectory=trajectories[i],
                 flaw=_flaw(images[i], latents[i], bool(unsafe[i])),
             )
             for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))
         ]
+
+    def check_trajectories(self) -> None:
+        """Raise ConfigError unless the steps of the pipeline's scheduler can be made Gaussian."""
+        wanted = FlowMatchEulerDiscreteScheduler if self._schedule.flow else (DDIMScheduler, DDPMScheduler)
+        if not isinstance(self.pipeline.scheduler, wanted):
+            name = "FlowMatchEulerDiscreteScheduler" if self._schedule.flow else "DDIMScheduler"
+            raise ConfigError(
+                f"{type(self.pipeline.scheduler).__name__} has no stochastic step with a known density, which policy "
+                f"gradients need: set model.scheduler to {name}"
+            )
 
     def _arguments(self, rows: int, guidance_scale: float) -> dict[str, Any]:
         """The configured call arguments; a negative prompt is wanted once for each row."""
@@ -272,11 +300,49 @@ class DiffusionPolicy:
         eps- and v-prediction: w(t) |target - prediction|^2 at x_t = alpha_t x_0 + sigma_t eps, w = 1 or Min-SNR.
         Flow matching: |(eps - x_0) - prediction|^2 at x_t = (1 - t) x_0 + t eps.
         """
+        _, x_t, t_B, target = self._noised(samples, draw)
+        prediction = self._prediction(samples, draw, x_t, t_B)
+        error_B = (prediction.float() - target).square().flatten(1).mean(1)
+        if self.error_space == "noise":
+            error_B = error_B * self._schedule.noise_weight(t_B)
+        return error_B * self._schedule.weight(t_B, self.snr_gamma)
+
+    def denoised(self, samples: Sequence[Sample], draw: Draw) -> Denoised:
+        """What the model takes the noised latents of `samples` for; guidance and dropped prompts as in `error`."""
+        x0, x_t, t_B, _ = self._noised(samples, draw)
+        prediction = self._prediction(samples, draw, x_t, t_B).float()
+        return Denoised(x0=x0, predicted_x0=self._schedule.x0(prediction, x_t, t_B), prediction=prediction)
+
+    def log_prob(self, samples: Sequence[Sample], steps: Sequence[int]) -> torch.Tensor:
+        """Log-density of one step of each sample's trajectory, mean over the latent dimensions, float32 [B], with the
+        guidance that it was sampled with, as u + g (c - u)."""
+        device = self.denoiser.device
+        walks = [_trajectory(s) for s in samples]
+        x_t, after = (
+            torch.stack([w.states[i + k] for w, i in zip(walks, steps, strict=True)]).to(device) for k in (0, 1)
+        )
+        t_B, next_B = (
+            torch.stack([w.times[i + k] for w, i in zip(walks, steps, strict=True)]).to(device) for k in (0, 1)
+        )
+        if not self._schedule.flow:
+            t_B, next_B = t_B.long(), next_B.long()
+        prediction = self.predict(x_t, t_B, [s.prompt.text for s in samples])
+        [scale] = {w.guidance_scale for w in walks}
+        if scale > 1:
+            unconditional = self.predict(x_t, t_B, [None] * len(samples))
+            prediction = unconditional + scale * (prediction - unconditional)
+        mean, deviation = self._schedule.step(prediction, x_t, t_B, next_B, walks[0].noise_level)
+        return gaussian_log_prob(after, mean, deviation)
+
+    def _noised(self, samples: Sequence[Sample], draw: Draw) -> tuple[torch.Tensor, ...]:
+        """x_0, x_t, the timesteps [B], and what the model should predict."""
         device = self.denoiser.device
         x0 = torch.stack([_latents(s) for s in samples]).to(device)
-        noise = draw.noise.to(device)
         t_B = self._schedule.timesteps(draw.quantile_B, self.timesteps).to(device)
-        x_t, target = self._schedule.noised(x0, noise, t_B)
+        x_t, target = self._schedule.noised(x0, draw.noise.to(device), t_B)
+        return x0, x_t, t_B, target
+
+    def _prediction(self, samples: Sequence[Sample], draw: Draw, x_t: torch.Tensor, t_B: torch.Tensor) -> torch.Tensor:
         # A negative prompt says what a picture should not be: dropped prompts are then empty, not negative.
         empty = "" if self.call.get("negative_prompt") else None
         texts = [empty if drop else s.prompt.text for s, drop in zip(samples, draw.dropped_B.tolist(), strict=True)]
@@ -285,11 +351,10 @@ class DiffusionPolicy:
             with torch.no_grad():
                 unconditional = self.predict(x_t, t_B, [None] * len(texts))
             # A row whose prompt was dropped trains the unconditional prediction itself.
-            kept = (~draw.dropped_B).to(device).view(-1, *[1] * (x_t.dim() - 1))
+            kept = (~draw.dropped_B).to(x_t.device).view(-1, *[1] * (x_t.dim() - 1))
             guided = unconditional + self.training_guidance_scale * (prediction - unconditional)
             prediction = torch.where(kept, guided, prediction)
-        error_B = (prediction.float() - target).square().flatten(1).mean(1)
-        return error_B * self._schedule.weight(t_B, self.snr_gamma)
+        return prediction
 
     def predict(self, x_t: torch.Tensor, t_B: torch.Tensor, texts: Sequence[str | None]) -> torch.Tensor:
         """The model output without guidance at the timesteps `t_B`, one for each row, as the pipeline itself would
@@ -347,18 +412,18 @@ class DiffusionPolicy:
 
     def _count(self, module, args, kwargs) -> None:
         rows = args[0] if args else kwargs.get("hidden_states", kwargs.get("sample"))
-        self.passes += len(rows)
+        self.passes += len(rows) * (3 if torch.is_grad_enabled() else 1)  # a backward pass costs about two forward
 
     @contextmanager
-    def _watched_scheduler(self) -> Iterator[dict[str, torch.Tensor]]:
-        """While open, the latents that the latest `scheduler.step` gave are under `x0`."""
+    def _watched_scheduler(self, recorder: TrajectoryRecorder | None) -> Iterator[dict[str, torch.Tensor]]:
+        """While open, the latents that the latest `scheduler.step` gave are under `x0`; a recorder takes its steps."""
         last: dict[str, torch.Tensor] = {}
         scheduler = self.pipeline.scheduler
         step = scheduler.step
 
         @functools.wraps(step)  # pipelines read its signature to see whether it takes a generator
         def watched(*args, **kwargs):
-            output = step(*args, **kwargs)
+            output = (recorder.step if recorder else step)(*args, **kwargs)
             last["x0"] = output[0] if isinstance(output, tuple) else output.prev_sample
             return output
 
@@ -384,6 +449,12 @@ def _latents(sample: Sample) -> torch.Tensor:
     if sample.latents is None:
         raise DataError(f"sample {sample.id} has no latents to train on")
     return sample.latents
+
+
+def _trajectory(sample: Sample) -> Trajectory:
+    if sample.trajectory is None:
+        raise DataError(f"sample {sample.id} has no trajectory; it was drawn without a noise level")
+    return sample.trajectory
 
 
 def _flaw(image: torch.Tensor, latents: torch.Tensor, unsafe: bool) -> str | None:

@@ -1,15 +1,18 @@
-"""What of a pipeline is watched and replayed: its guidance argument, its prompt encodings, and one scheduler step."""
+"""What of a pipeline is watched and replayed: its guidance argument, prompt encodings, and scheduler steps."""
 
 from __future__ import annotations
 
 import inspect
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from raftdiff.errors import ConfigError
+from raftdiff.types import Trajectory
+
+from .schedule import NoiseSchedule, gaussian_log_prob
 
 
 class GuidanceArgument:
@@ -162,3 +165,47 @@ class OneStep:
 
     def __getattr__(self, name):
         return getattr(self._scheduler, name)
+
+
+class TrajectoryRecorder:
+    """Takes the steps of sampling in place of the scheduler, each Gaussian around the model's prediction, and keeps
+    them."""
+
+    def __init__(
+        self, schedule: NoiseSchedule, scheduler: Any, noise_level: float, generators: Sequence[torch.Generator]
+    ):
+        self._schedule, self._scheduler = schedule, scheduler
+        self._noise_level, self._generators = noise_level, generators
+        self._states: list[torch.Tensor] = []
+        self._log_probs: list[torch.Tensor] = []
+        self._times: list[float] = []
+
+    def step(self, model_output: torch.Tensor, timestep: Any, sample: torch.Tensor, *_, **__) -> tuple[torch.Tensor]:
+        if not self._times:
+            self._times = [*self._scheduler.timesteps.tolist(), 0.0 if self._schedule.flow else -1.0]
+            self._states.append(sample.float())
+        i = len(self._log_probs)
+        t_B, next_B = (
+            torch.full((len(sample),), time, device=sample.device).to(self._scheduler.timesteps.dtype)
+            for time in self._times[i : i + 2]
+        )
+        mean, deviation = self._schedule.step(model_output, self._states[i], t_B, next_B, self._noise_level)
+        noise = torch.stack([torch.randn(mean.shape[1:], generator=g) for g in self._generators]).to(mean.device)
+        after = mean + deviation * noise
+        self._states.append(after)
+        self._log_probs.append(gaussian_log_prob(after, mean, deviation))
+        return (after.to(sample.dtype),)
+
+    def trajectories(self, guidance_scale: float) -> list[Trajectory]:
+        """The trajectory of each row."""
+        states, log_probs = torch.stack(self._states, 1).cpu(), torch.stack(self._log_probs, 1).cpu()
+        return [
+            Trajectory(
+                states=states_T,
+                times=torch.tensor(self._times),
+                log_prob_T=log_prob_T,
+                noise_level=self._noise_level,
+                guidance_scale=guidance_scale,
+            )
+            for states_T, log_prob_T in zip(states, log_probs, strict=True)
+        ]

@@ -2,7 +2,8 @@
 
     import raftdiff
 
-    report = raftdiff.align(raftdiff.RunConfig(...))
+    result = raftdiff.align(pipeline, prompts, reward="clip")
+    pipeline.load_lora_weights(result.lora_path)
 
 The names below load on first use, so that `import raftdiff` and the command line stay fast.
 """
@@ -22,17 +23,18 @@ if TYPE_CHECKING:
     from .protocols import Policy as Policy
     from .protocols import Reward as Reward
     from .rounds import run_rounds as run_rounds
+    from .types import Example as Example
     from .types import Group as Group
     from .types import Prompt as Prompt
     from .types import Sample as Sample
     from .types import Scored as Scored
-    from .types import TrainingSet as TrainingSet
 
 __version__ = "0.1.0"
 
 _MODULES = {
     "Algorithm": "protocols",
     "DiffusionPolicy": "pipelines.diffusion",
+    "Example": "types",
     "Group": "types",
     "Policy": "protocols",
     "Prompt": "types",
@@ -41,7 +43,6 @@ _MODULES = {
     "RunConfig": "config",
     "Sample": "types",
     "Scored": "types",
-    "TrainingSet": "types",
     "align": "build",
     "run_rounds": "rounds",
 }

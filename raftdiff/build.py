@@ -13,14 +13,14 @@ from typing import Any
 from accelerate import Accelerator
 
 from .config import RewardConfig, RunConfig, parse_config
-from .data import load_pictures
+from .data import load_pictures, load_preferences
 from .errors import ConfigError, MissingExtraError
 from .prompts import load_prompts
 from .protocols import Algorithm, Reward
 from .registry import ALGORITHMS, REWARDS, nearest
 from .rounds import Display, Quiet, Result, Run, run_rounds
 from .scoring import WeightedReward
-from .types import Prompt
+from .types import Example, Prompt
 
 logger = logging.getLogger(__name__)
 
@@ -125,12 +125,16 @@ def build(
         prompts = [p for p in prompts if p.text not in kept_out]
         if not prompts:
             raise ConfigError("every training prompt is also held out (evaluation.prompts): give other prompts to one")
+    from .pipelines.diffusion import DiffusionPolicy
     from .pipelines.loading import load_pipeline
 
     accelerator = build_accelerator(config)
+    check_needs(algorithm, config.algorithm.name, DiffusionPolicy)
     device = str(accelerator.device)
     pipeline = load_pipeline(config.model, device) if pipeline is None else pipeline
     policy = build_policy(config, pipeline)
+    if algorithm.noise_level is not None:
+        policy.check_trajectories()
     teacher = None
     if config.algorithm.teacher:
         model = config.model.model_copy(update={"path": config.algorithm.teacher, "revision": None, "variant": None})
@@ -144,7 +148,7 @@ def build(
         watched=[make(reward) for reward in config.evaluation.rewards],
         prompts=prompts,
         held_out=held_out,
-        data=_own_data(config, policy),
+        data=_own_data(config, policy, algorithm),
         teacher=teacher,
         accelerator=accelerator,
         display=display or Quiet(),
@@ -173,8 +177,17 @@ def build_algorithm(config: RunConfig, *, allow_code: bool = False) -> Algorithm
                 f"(it has {', '.join(names)})"
             )
     algorithm = kind(**config.algorithm.options)
-    algorithm.validate(config.sampling.samples_per_prompt)
+    algorithm.validate(config)
+    if not algorithm.samples and config.data is None:
+        raise ConfigError(f"algorithm {config.algorithm.name} trains on your own data alone: set data.path")
     return algorithm
+
+
+def check_needs(algorithm: Algorithm, name: str, policy: type) -> None:
+    """Raise ConfigError where a policy lacks what the algorithm needs of it."""
+    lacking = [method for method in algorithm.needs if not hasattr(policy, method)]
+    if lacking:
+        raise ConfigError(f"algorithm {name} needs {' and '.join(lacking)}, which {policy.__name__} does not have")
 
 
 def build_accelerator(config: RunConfig) -> Accelerator:
@@ -206,12 +219,14 @@ def build_policy(config: RunConfig, pipeline: Any) -> Any:
         pipeline,
         config.adapter,
         num_inference_steps=sampling.num_inference_steps,
+        trajectory_steps=sampling.trajectory_steps,
         guidance_scale=sampling.guidance_scale,
         batch_size=sampling.batch_size,
         call=call,
         training_guidance_scale=training.guidance_scale,
         caption_dropout=training.caption_dropout,
         snr_gamma=training.snr_gamma,
+        error_space=training.error_space,
         timesteps=training.timesteps,
         precision=training.precision,
     )
@@ -259,14 +274,22 @@ class _Labelled:
         return getattr(self._reward, name)
 
 
-def _own_data(config: RunConfig, policy: Any) -> list:
+def _own_data(config: RunConfig, policy: Any, algorithm: Algorithm) -> list[Example]:
     if config.data is None:
         return []
     height = policy.call.get("height") or policy.image_size
     width = policy.call.get("width") or policy.image_size
+    path, size = config.data.path, {"height": height, "width": width}
+    if algorithm.pairs:
+        return [
+            Example(
+                sample=policy.encode_image(Prompt(text=text), chosen),
+                rejected=policy.encode_image(Prompt(text=text), rejected),
+            )
+            for text, chosen, rejected in load_preferences(path, **size)
+        ]
     return [
-        policy.encode_image(Prompt(text=text), image)
-        for text, image in load_pictures(config.data.path, height=height, width=width)
+        Example(sample=policy.encode_image(Prompt(text=text), image)) for text, image in load_pictures(path, **size)
     ]
 
 

@@ -73,6 +73,9 @@ class SamplingConfig(Settings):
     """Images denoised at once."""
     num_inference_steps: Positive = 25
     """Denoising steps."""
+    trajectory_steps: Positive | None = None
+    """Denoising steps of the trajectories that policy gradients learn from; `num_inference_steps` if absent. Fewer are
+    enough to learn from (Flow-GRPO)."""
     guidance_scale: float | None = None
     """Classifier-free guidance while sampling; the pipeline's own default if absent, 1 for none."""
 
@@ -108,6 +111,9 @@ class TrainingConfig(Settings):
     """Share of training rows whose prompt is emptied, so that guidance keeps working."""
     snr_gamma: Annotated[float, Field(gt=0)] | None = None
     """Min-SNR weighting (arXiv 2303.09556) of the error of eps- and v-prediction models; 5 is usual."""
+    error_space: Literal["prediction", "noise"] = "prediction"
+    """What the denoising error is measured in: the model's own prediction, or the noise that the prediction stands for,
+    the `exact` weights of Diffusion-DPO for v-prediction and flow matching. For eps-prediction both are the same."""
     timesteps: Literal["uniform", "logit-normal"] = "uniform"
     """Distribution of training timesteps; flow-matching models are usually trained with logit-normal."""
     ema_decay: Share = 0.0
@@ -139,9 +145,11 @@ class PromptsConfig(Settings):
 class DataConfig(Settings):
     path: str
     """Your own images with captions: a folder with metadata.jsonl (`file_name`, `text`) or a parquet file
-    (`image`, `text`)."""
+    (`image`, `text`). For DPO, preferences: a parquet file like Pick-a-Pic's (`caption`, `jpg_0`, `jpg_1`, `label_0`)
+    or a folder with metadata.jsonl (`chosen`, `rejected`, `text`)."""
     share: Part = 0.25
-    """Share of each round's training set that comes from there."""
+    """Share of each round's training set that comes from there; algorithms that train on it alone (`sft`, offline
+    `dpo`) take all of it, and ReST selects from it as from its own samples."""
 
 
 class EvaluationConfig(Settings):
@@ -166,7 +174,7 @@ class AlgorithmConfig(Settings):
     name: str = "raft"
     """A registered algorithm (`raftdiff list`), or `module:Class` with --allow-code."""
     options: dict[str, Any] = {}
-    """Options of the algorithm: docs/raft.md."""
+    """Options of the algorithm: the page of its name in docs/."""
     replay: Part = 0.0
     """Share of the training set drawn from what earlier rounds selected."""
     teacher: str | None = None
@@ -185,6 +193,8 @@ class RunConfig(Settings):
     """Every random number of the run follows from it."""
     rounds: Positive = 4
     """Rounds of sample, score, select, train."""
+    budget: Positive | None = None
+    """Denoiser passes, evaluations apart, after which no further round begins."""
     model: ModelConfig = ModelConfig()
     adapter: AdapterConfig = AdapterConfig()
     prompts: PromptsConfig = PromptsConfig()
@@ -293,6 +303,7 @@ IDENTITY = (
     "algorithm",
     "data",
     "sampling.num_inference_steps",
+    "sampling.trajectory_steps",
     "sampling.guidance_scale",
     "evaluation.prompts",
     "evaluation.seeds_per_prompt",

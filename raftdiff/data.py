@@ -1,11 +1,12 @@
-"""The user's own pictures with captions: a folder with metadata.jsonl, or a parquet file."""
+"""The user's own pictures, with captions or in pairs of which one is preferred: a folder or a parquet file."""
 
 from __future__ import annotations
 
 import io
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,10 @@ MOST_PIXELS = 64_000_000  # a larger picture is refused before it is decoded
 CAPTIONS = ("text", "caption", "prompt")
 
 
+Picture = Callable[[str], bytes]
+"""The bytes of the picture in a column of a row."""
+
+
 def load_pictures(path: str | Path, *, height: int, width: int) -> Iterator[tuple[str, torch.Tensor]]:
     """Captions and pictures, uint8 [3, height, width]: scaled to cover that size, then cropped around the center.
 
@@ -31,15 +36,42 @@ def load_pictures(path: str | Path, *, height: int, width: int) -> Iterator[tupl
         DataError: with the file and the line or row.
     """
     path = Path(path)
-    if path.is_dir():
-        pairs = _folder(path)
-    elif path.suffix == ".parquet" and path.is_file():
-        pairs = _parquet(path)
-    else:
-        raise DataError(f"{path}: give a folder with metadata.jsonl, or a .parquet file")
-    for where, _, caption, data in pairs:
-        fitted = ImageOps.fit(_decode(where, data), (width, height), Image.Resampling.BICUBIC)
-        yield caption, torch.from_numpy(np.array(fitted)).permute(2, 0, 1).contiguous()
+    column = "file_name" if path.is_dir() else "image"
+    for where, row, picture in _rows(path):
+        yield _caption(where, row), _fitted(where, picture(column), height, width)
+
+
+def load_preferences(path: str | Path, *, height: int, width: int) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+    """Captions with the preferred and the other picture, both uint8 [3, height, width], fitted as by `load_pictures`.
+
+    A parquet file has the columns of Pick-a-Pic: `caption`, `jpg_0`, `jpg_1` (bytes) and `label_0`: 1 where the first
+    is preferred, 0 where the second is, 0.5 for a tie, which is left out. A folder has a metadata.jsonl with `chosen`
+    and `rejected` (file names) and `text` on each line. Either form may stand in either place.
+
+    Raises:
+        DataError: with the file and the line or row, or where nothing but ties is there.
+    """
+    found = False
+    for where, row, picture in _rows(Path(path)):
+        columns = _preferred_first(where, row)
+        if columns is not None:
+            chosen, rejected = (_fitted(f"{where}, {c}", picture(c), height, width) for c in columns)
+            yield _caption(where, row), chosen, rejected
+            found = True
+    if not found:
+        raise DataError(f"{path}: every pair is a tie, so nothing is preferred to anything; add pairs with a winner")
+
+
+def _preferred_first(where: str, row: dict) -> tuple[str, str] | None:
+    """The columns of the preferred and of the other picture; None for a tie."""
+    if {"chosen", "rejected"} <= row.keys():
+        return "chosen", "rejected"
+    label = row.get("label_0")
+    if not {"jpg_0", "jpg_1"} <= row.keys() or label not in (0, 0.5, 1):
+        raise DataError(
+            f"{where}: no preference; give `jpg_0`, `jpg_1` and a `label_0` of 0, 0.5 or 1, or `chosen` and `rejected`"
+        )
+    return None if label == 0.5 else ("jpg_0", "jpg_1") if label else ("jpg_1", "jpg_0")
 
 
 def read_folder(path: Path) -> tuple[list[Sample], list[str]]:
@@ -50,14 +82,23 @@ def read_folder(path: Path) -> tuple[list[Sample], list[str]]:
     """
     samples: list[Sample] = []
     names: list[str] = []
-    for where, name, caption, data in _folder(Path(path)):
-        pixels = torch.from_numpy(np.array(_decode(where, data))).permute(2, 0, 1).contiguous()
-        samples.append(Sample(id=f"{len(samples):06d}", prompt=Prompt(text=caption), seed=0, image=pixels))
-        names.append(name)
+    for where, row, picture in _folder(Path(path)):
+        pixels = _pixels(_decode(where, picture("file_name")))
+        samples.append(Sample(id=f"{len(samples):06d}", prompt=Prompt(text=_caption(where, row)), seed=0, image=pixels))
+        names.append(row["file_name"])
     return samples, names
 
 
-def _folder(path: Path) -> Iterator[tuple[str, str, str, bytes]]:
+def _rows(path: Path) -> Iterator[tuple[str, dict, Picture]]:
+    """Where a row stands, the row, and its pictures by column."""
+    if path.is_dir():
+        return _folder(path)
+    if path.suffix == ".parquet" and path.is_file():
+        return _parquet(path)
+    raise DataError(f"{path}: give a folder with metadata.jsonl, or a .parquet file")
+
+
+def _folder(path: Path) -> Iterator[tuple[str, dict, Picture]]:
     metadata = path / "metadata.jsonl"
     if not metadata.is_file():
         raise DataError(f'{metadata}: no such file; it has a line {{"file_name": "1.png", "text": "..."}} per picture')
@@ -72,21 +113,27 @@ def _folder(path: Path) -> Iterator[tuple[str, str, str, bytes]]:
         where = f"{metadata}, line {number}"
         try:
             row = json.loads(line)
-            name = row["file_name"]
-        except (ValueError, KeyError, TypeError):
-            name = None
-        if not isinstance(name, str):
-            raise DataError(f"{where}: not a JSON object with a `file_name`")
-        file = (path / name.replace("\0", "/")).resolve()
-        if not file.is_relative_to(path.resolve()) or not file.is_file():
-            raise DataError(f"{where}: there is no picture {name!r} in {path}")
-        yield where, name, _caption(where, row), file.read_bytes()
+        except ValueError:
+            row = None
+        if not isinstance(row, dict):
+            raise DataError(f"{where}: not a JSON object")
+        yield where, row, partial(_file, where, path, row)
         found = True
     if not found:
         raise DataError(f"{metadata} names no picture; it has a line for each")
 
 
-def _parquet(path: Path) -> Iterator[tuple[str, str, str, bytes]]:
+def _file(where: str, folder: Path, row: dict, column: str) -> bytes:
+    name = row.get(column)
+    if not isinstance(name, str):
+        raise DataError(f"{where}: not a JSON object with a `{column}`")
+    file = (folder / name.replace("\0", "/")).resolve()
+    if not file.is_relative_to(folder.resolve()) or not file.is_file():
+        raise DataError(f"{where}: there is no picture {name!r} in {folder}")
+    return file.read_bytes()
+
+
+def _parquet(path: Path) -> Iterator[tuple[str, dict, Picture]]:
     number = 0
     try:
         with pq.ParquetFile(path) as file:
@@ -94,15 +141,19 @@ def _parquet(path: Path) -> Iterator[tuple[str, str, str, bytes]]:
                 for row in batch.to_pylist():
                     number += 1
                     where = f"{path}, row {number}"
-                    image = row.get("image")
-                    data = image.get("bytes") if isinstance(image, dict) else image
-                    if not isinstance(data, bytes):
-                        raise DataError(f"{where}: the column `image` holds no bytes")
-                    yield where, str(number), _caption(where, row), data
+                    yield where, row, partial(_cell, where, row)
         if not number:
             raise DataError(f"{path} holds no picture; it has a row for each")
     except pa.ArrowException as error:
         raise DataError(f"{path}: not a readable parquet file ({error}); write it again") from None
+
+
+def _cell(where: str, row: dict, column: str) -> bytes:
+    image = row.get(column)
+    data = image.get("bytes") if isinstance(image, dict) else image
+    if not isinstance(data, bytes):
+        raise DataError(f"{where}: the column `{column}` holds no bytes")
+    return data
 
 
 def _caption(where: str, row: dict) -> str:
@@ -122,3 +173,12 @@ def _decode(where: str, data: bytes) -> Image.Image:
         raise
     except (OSError, ValueError, SyntaxError, zlib.error, Image.DecompressionBombError) as error:
         raise DataError(f"{where}: the picture cannot be read: {error}") from None
+
+
+def _fitted(where: str, data: bytes, height: int, width: int) -> torch.Tensor:
+    return _pixels(ImageOps.fit(_decode(where, data), (width, height), Image.Resampling.BICUBIC))
+
+
+def _pixels(image: Image.Image) -> torch.Tensor:
+    """uint8 [3, height, width]"""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -9,24 +10,32 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 
-from .types import Draw, Group, Prompt, Sample, TrainingSet
+from .config import RunConfig
+from .types import Batch, Denoised, Draw, Example, Group, Phase, Prompt, RoundReport, Sample
 
 Modality = Literal["image", "text"]
 
 
 @runtime_checkable
 class Policy(Protocol):
-    """A model being aligned."""
+    """A model being aligned. `log_prob` and `denoised` (below) may be missing."""
 
     modality: Modality
     passes: int
-    """Rows that went through the denoiser (tokens, for text) since the policy was made; the ledger reads it."""
+    """Rows that went through the denoiser (tokens, for text) since the policy was made, those with gradients three
+    times; the ledger reads it."""
 
     def sample(
-        self, prompts: Sequence[Prompt], seeds: Sequence[int], *, guidance_scale: float | None = None
+        self,
+        prompts: Sequence[Prompt],
+        seeds: Sequence[int],
+        *,
+        guidance_scale: float | None = None,
+        noise_level: float | None = None,
     ) -> list[Sample]:
         """One sample for each prompt and seed. The same prompt and seed give the same sample in any batch size on
-        the same machine, up to the rounding of batched arithmetic. `guidance_scale` replaces the configured one."""
+        the same machine, up to the rounding of batched arithmetic. `guidance_scale` replaces the configured one.
+        With a `noise_level` every step is Gaussian and the samples keep their trajectories."""
         ...
 
     def draw(self, samples: Sequence[Sample], generator: torch.Generator) -> Draw:
@@ -76,26 +85,50 @@ class Reward(Protocol):
         ...
 
 
-@runtime_checkable
-class Algorithm(Protocol):
-    """How scored samples become a loss."""
+class GivesLogProb(Protocol):
+    """A policy whose trajectories have a likelihood: what policy gradients need."""
 
-    needs_log_ratio: bool
-    """Whether selection needs `Scored.log_ratio`."""
-
-    def validate(self, samples_per_prompt: int) -> None:
-        """Raise ConfigError where so many samples for each prompt make no sense."""
+    def log_prob(self, samples: Sequence[Sample], steps: Sequence[int]) -> torch.Tensor:
+        """Log-density of one step of each sample's trajectory, float32 [B], with gradients: the mean over the latent
+        dimensions (the sum over a completion's tokens). Right after sampling it is the trajectory's own."""
         ...
 
-    def select(self, groups: Sequence[Group], *, round: int, seed: int) -> TrainingSet: ...
 
-    def loss(
-        self, policy: Policy, samples: Sequence[Sample], weight_B: torch.Tensor, draw: Draw
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+class GivesDenoised(Protocol):
+    """A policy that says what it takes noised latents for: what forward-process losses need."""
+
+    def denoised(self, samples: Sequence[Sample], draw: Draw) -> Denoised: ...
+
+
+class Algorithm(ABC):
+    """How scored samples become a loss: `select` says what is trained on, `loss` how. An algorithm is a subclass, and
+    overrides the rest where it is not like RAFT."""
+
+    needs: tuple[str, ...] = ()
+    """Methods that the policy must have beside those that all have: `log_prob`, `denoised`."""
+    needs_log_ratio: bool = False
+    """Whether selection reads `Scored.log_ratio`."""
+    noise_level: float | None = None
+    """What to sample with where the trajectories are needed: 1 for DDIM's eta, about 0.7 for flow matching."""
+    samples: bool = True
+    """Whether it draws samples of the policy; without, it trains on the user's own data alone."""
+    pairs: bool = False
+    """Whether the user's own data are preferences rather than pictures with captions."""
+    scores_data: bool = False
+    """Whether the user's own data are scored and selected from like the round's samples."""
+
+    def validate(self, config: RunConfig) -> None:
+        """Raise ConfigError where the settings of a run do not fit the algorithm."""
+        return None
+
+    def phase(self, round: int, reports: Sequence[RoundReport]) -> Phase:
+        """What the round is, after what the earlier ones (and the base, as round 0) reported."""
+        return Phase(grown=round)
+
+    @abstractmethod
+    def select(self, groups: Sequence[Group], *, round: int, seed: int, phase: Phase) -> list[Example]:
+        """What to train on. A function of its arguments; none is a round without training."""
+
+    @abstractmethod
+    def loss(self, policy: Any, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Per-sample losses [B] with gradients, and metrics [B] to log."""
-        ...
-
-
-def describe(unit: Any) -> str:
-    """The first line of a unit's docstring, for listings."""
-    return (unit.__doc__ or "").strip().split("\n")[0]

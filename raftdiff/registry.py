@@ -68,10 +68,8 @@ class Registry:
         Raises:
             ConfigError: an unknown name.
         """
-        from .protocols import describe  # brings in torch, which listing the names does not need
-
         try:
-            return describe(self.load(name))
+            return (self.load(name).__doc__ or "").strip().split("\n")[0]
         except MissingExtraError as error:
             return str(error)
 

@@ -28,7 +28,7 @@ from .sampling import Job
 from .scoring import WeightedReward
 from .store import SampleStore
 from .training import Trainer
-from .types import Evaluation, Group, Prompt, RoundReport, Sample, Scored, StageCost, TrainingSet
+from .types import Evaluation, Example, Group, Phase, Prompt, RoundReport, Sample, Scored, StageCost
 
 logger = logging.getLogger(__name__)
 
@@ -75,8 +75,8 @@ class Run:
     """What is only measured, in evaluations."""
     prompts: Sequence[Prompt]
     held_out: Sequence[Prompt]
-    data: Sequence[Sample] = ()
-    """The user's own pictures, mixed into each round's training set."""
+    data: Sequence[Example] = ()
+    """The user's own pictures or preferences: mixed into each round's examples, or all there is to train on."""
     teacher: Policy | None = None
     accelerator: Accelerator = field(default_factory=Accelerator)
     display: Display = field(default_factory=Quiet)
@@ -129,13 +129,14 @@ def run_rounds(run: Run, *, resume: bool = False) -> Result:
             if reason := stages.reason_to_stop(reports):
                 run.display.say(f"stopped after round {done}: {reason}")
                 break
-            samples = stages.sample(round)
-            groups = stages.score(round, samples)
-            selected = stages.select(round, groups)
-            training = stages.train(round, selected, first_step=step)
+            phase = run.algorithm.phase(round, reports)
+            samples = stages.sample(phase)
+            groups = stages.score(phase, samples)
+            examples = stages.select(round, phase, groups)
+            training = stages.train(round, phase, examples, first_step=step)
             step = 0
             evaluations = stages.evaluate(round)
-            reports.append(stages.publish(round, groups, selected, training, evaluations, reports))
+            reports.append(stages.publish(round, phase, groups, examples, training, evaluations, reports))
             done = round
         return stages.finish(reports)
 
@@ -252,18 +253,34 @@ class _Stages:
 
     # -- the stages -----------------------------------------------------------------------------------------------
 
-    def sample(self, round: int) -> list[Sample]:
-        settings = self.config.sampling
+    def sample(self, phase: Phase) -> list[Sample]:
+        """The samples of the phase, made or, where an earlier round has grown them, read again."""
+        if not self.run.algorithm.samples:
+            return []
+        settings, round = self.config.sampling, phase.grown
         prompts = round_prompts(
             self.run.prompts, round=round - 1, per_round=self.config.prompts.per_round, seed=self.config.seed
         )
         wanted = sampling.jobs(prompts, settings.samples_per_prompt, run_seed=self.config.seed, round=round)
         self.run.display.stage(round, "sample", len(wanted))
         with self.ledger.stage("sample"), self.trainer.averaged():
-            return self._sample(self.run.teacher or self.run.policy, wanted, self.store, round)
+            return self._sample(
+                self.run.teacher or self.run.policy,
+                wanted,
+                self.store,
+                round,
+                noise_level=self.run.algorithm.noise_level,
+            )
 
     def _sample(
-        self, policy: Policy, wanted: Sequence[Job], store: SampleStore, round: int, scale: float | None = None
+        self,
+        policy: Policy,
+        wanted: Sequence[Job],
+        store: SampleStore,
+        round: int,
+        *,
+        scale: float | None = None,
+        noise_level: float | None = None,
     ) -> list[Sample]:
         return sampling.sample(
             policy,
@@ -274,13 +291,23 @@ class _Stages:
             accelerator=self.run.accelerator,
             stop=self.stop,
             guidance_scale=scale,
+            noise_level=noise_level,
             on_batch=self.run.display.advance,
         )
 
-    def score(self, round: int, samples: Sequence[Sample]) -> list[Group]:
+    def score(self, phase: Phase, samples: Sequence[Sample]) -> list[Group]:
+        """The samples with their rewards, and the user's own data with theirs where the algorithm selects from both."""
+        if not samples:
+            return []
+        round = phase.grown
         self.run.display.stage(round, "score", len(samples) * len(self.run.rewards))
         with self.ledger.stage("score"):
             values = self._score(samples, self.run.rewards, self.store, round)
+            if self.run.algorithm.scores_data and self.run.data:
+                data = [example.sample for example in self.run.data]
+                of_data = self._score(data, self.run.rewards, self.store, 0)  # once in a run
+                samples = [*samples, *data]
+                values = {name: torch.cat([value_N, of_data[name]]) for name, value_N in values.items()}
             scored = scoring.combined(samples, values, self.weights, self.config.combine)
         if self.run.algorithm.needs_log_ratio:
             self.run.display.stage(round, "log-ratio", len(samples))
@@ -327,39 +354,40 @@ class _Stages:
 
         return progress
 
-    def select(self, round: int, groups: Sequence[Group]) -> TrainingSet:
+    def select(self, round: int, phase: Phase, groups: Sequence[Group]) -> list[Example]:
+        """What the round trains on, with what it chose of its own samples in the store."""
+        if not self.run.algorithm.samples:
+            return list(self.run.data)
         with self.ledger.stage("select"):
-            chosen = self.run.algorithm.select(groups, round=round, seed=self.config.seed)
+            chosen = self.run.algorithm.select(groups, round=round, seed=self.config.seed, phase=phase)
             if self.run.accelerator.is_main_process:
-                self.store.write_selection(round, [s.id for s in chosen.samples], chosen.weights)
-            return self._mixed(round, chosen)
+                self.store.write_selection(round, chosen, grown=phase.grown)
+            return chosen + self._mixed_in(round, len(chosen))
 
-    def _mixed(self, round: int, chosen: TrainingSet) -> TrainingSet:
-        """The round's own selection with what earlier rounds selected and the user's own pictures, each drawn to its
-        share of the whole."""
+    def _mixed_in(self, round: int, own: int) -> list[Example]:
+        """What earlier rounds selected and the user's own data, each drawn to its share of the whole, beside `own`
+        examples of the round."""
+        data = () if self.run.algorithm.scores_data else self.run.data
         sources = [
             (self._selected_before(round), self.config.algorithm.replay),
-            (self.run.data, self.config.data.share if self.config.data else 0.0),
+            (data, self.config.data.share if self.config.data else 0.0),
         ]
         own_share = 1 - sum(share for pool, share in sources if pool)
-        mixed = chosen
+        mixed: list[Example] = []
         for i, (pool, share) in enumerate(sources):
             if pool and share:
                 rng = np.random.default_rng([self.config.seed, round, i])
-                wanted = int(len(chosen) * share / own_share + 0.5)
+                wanted = int(own * share / own_share + 0.5)
                 drawn = rng.choice(len(pool), size=wanted, replace=wanted > len(pool))
-                mixed = mixed + TrainingSet.uniform([pool[j] for j in drawn])
+                mixed += [pool[j] for j in drawn]
         return mixed
 
-    def _selected_before(self, round: int) -> list[Sample]:
-        pool: list[Sample] = []
-        if self.config.algorithm.replay:
-            for earlier in range(1, round):
-                ids = set((self.store.read_selection(earlier) or ([], []))[0])
-                pool += [s for s in self.store.read_samples(earlier) if s.id in ids]
-        return pool
+    def _selected_before(self, round: int) -> list[Example]:
+        if not self.config.algorithm.replay:
+            return []
+        return [example for earlier in range(1, round) for example in self.store.read_selection(earlier)]
 
-    def train(self, round: int, selected: TrainingSet, *, first_step: int) -> dict[str, float]:
+    def train(self, round: int, phase: Phase, examples: Sequence[Example], *, first_step: int) -> dict[str, float]:
         every = self.config.training.save_every_steps
 
         def after_step(step: int, metrics: Mapping[str, float]) -> None:
@@ -373,9 +401,11 @@ class _Stages:
                 self.stop.signum = self.stop.signum or 15
                 self.stop.check()
 
-        self.run.display.stage(round, "train", self.trainer.steps_in(selected) - first_step)
+        self.run.display.stage(round, "train", self.trainer.steps_in(examples) - first_step)
         with self.ledger.stage("train"):
-            return self.trainer.train(selected, round=round, first_step=first_step, after_step=after_step)
+            return self.trainer.train(
+                examples, round=round, learning_rate=phase.learning_rate, first_step=first_step, after_step=after_step
+            )
 
     def _checkpoint(self, round: int, step: int) -> None:
         """Save the state; the round whose adapter would be exported now is kept with it."""
@@ -432,7 +462,7 @@ class _Stages:
         for i, scale in enumerate(self.scales):
             with self.ledger.stage("evaluate"):
                 store = SampleStore(self.folder / "evaluation" / f"guidance-{scale:g}")
-                samples = self._sample(self.run.policy, wanted, store, round, scale)
+                samples = self._sample(self.run.policy, wanted, store, round, scale=scale)
                 values = self._score(samples, rewards, store, round)
                 base = self._base_evaluations()[i] if round else None
                 evaluations.append(
@@ -479,6 +509,9 @@ class _Stages:
         latest = reports[1:][-EMPTY_ROUNDS:]
         if len(latest) == EMPTY_ROUNDS and not any(report.selected for report in latest):
             return f"{EMPTY_ROUNDS} rounds in a row selected nothing to train on"
+        budget = self.config.budget
+        if budget is not None and (spent := training_passes(reports)) >= budget:
+            return f"{spent} denoiser passes of a budget of {budget} are spent"
         judged = self.verdict(reports)
         if self.config.evaluation.plateau_rounds is not None and judged.kind == "plateau":
             return judged.message
@@ -489,8 +522,9 @@ class _Stages:
     def publish(
         self,
         round: int,
+        phase: Phase,
         groups: Sequence[Group],
-        selected: TrainingSet,
+        examples: Sequence[Example],
         training: Mapping[str, float],
         evaluations: tuple[Evaluation, ...],
         earlier: Sequence[RoundReport],
@@ -505,11 +539,12 @@ class _Stages:
             scored=len(ranked),
             failed=len(scored) - len(ranked) - skipped,
             skipped=skipped,
-            selected=len(selected),
+            selected=len(examples),
             rewards=_reward_means(groups, ranked),
             training=dict(training),
             evaluations=evaluations,
             ledger=self._costs(),
+            phase=phase,
         )
         reports = [*earlier, report]
         if self.run.accelerator.is_main_process:
@@ -531,8 +566,8 @@ class _Stages:
         pictures = SampleStore(self.folder / "evaluation" / scale)
         last = _exported(reports, self.verdict(reports)).round
         before, after = pictures.read_samples(0), pictures.read_samples(last)
-        samples = self.store.read_samples(reports[-1].round)
-        scores = self.store.read_scores(reports[-1].round)
+        samples = self.store.read_samples(reports[-1].phase.grown)
+        scores = self.store.read_scores(reports[-1].phase.grown)
         values = {n: torch.tensor([of.get(s.id, float("nan")) for s in samples]) for n, of in scores.items()}
         scored = scoring.combined(samples, values, self.weights, self.config.combine) if values else []
         ranked = sorted((s for s in scored if s.reward is not None), key=lambda s: -(s.reward or 0.0))
@@ -572,6 +607,11 @@ def rewrite_report(run: Run) -> Path:
     """Make the report.html of a run folder again."""
     with stop_requests() as stop:
         return _Stages(run, stop).report(read_metrics(run.config.folder / "metrics.jsonl"))
+
+
+def training_passes(reports: Sequence[RoundReport]) -> int:
+    """Denoiser passes of a run in all but its evaluations."""
+    return sum(cost.passes for report in reports for cost in report.ledger if cost.stage != "evaluate")
 
 
 def _evaluated(reports: Sequence[RoundReport]) -> list[RoundReport]:

@@ -51,6 +51,7 @@ def sample(
     accelerator: Accelerator,
     stop: StopRequest,
     guidance_scale: float | None = None,
+    noise_level: float | None = None,
     on_batch: Callable[[int], None] = lambda count: None,
 ) -> list[Sample]:
     """The samples of `wanted`, in its order, made or read from the store. `on_batch` is told how many more are there.
@@ -71,7 +72,12 @@ def sample(
     for part in missing[accelerator.process_index :: accelerator.num_processes]:
         stop.check()
         batch = batches[part]
-        made = policy.sample([job.prompt for job in batch], [job.seed for job in batch], guidance_scale=guidance_scale)
+        made = policy.sample(
+            [job.prompt for job in batch],
+            [job.seed for job in batch],
+            guidance_scale=guidance_scale,
+            noise_level=noise_level,
+        )
         there[part] = [replace(sample, id=job.id) for sample, job in zip(made, batch, strict=True)]
         store.write_samples(round, part, there[part])
         on_batch(len(batch))

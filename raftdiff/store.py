@@ -28,7 +28,7 @@ import torch
 from PIL import Image
 
 from .checkpoint import remove, write_file
-from .types import Prompt, Sample
+from .types import Example, Prompt, Sample, Trajectory
 
 logger = logging.getLogger(__name__)
 
@@ -44,13 +44,30 @@ SAMPLES = pa.schema(
         "latents": pa.binary(),  # float32, little-endian, row-major
         "latents_shape": pa.list_(pa.int32()),
         "text": pa.string(),
+        "trajectory": pa.struct(
+            {
+                "states": pa.binary(),  # float32, little-endian, row-major, [T + 1, *latents_shape]
+                "times": pa.list_(pa.float32()),
+                "log_prob": pa.list_(pa.float32()),
+                "noise_level": pa.float64(),
+                "guidance_scale": pa.float64(),
+            }
+        ),
         "flaw": pa.string(),
     },
     # By this `datasets` knows the column of images; it finds the types of the others by itself.
     metadata={"huggingface": json.dumps({"info": {"features": {"image": {"_type": "Image"}}}})},
 )
 SCORES = pa.schema({"sample_id": pa.string(), "value": pa.float64()})
-SELECTION = pa.schema({"sample_id": pa.string(), "weight": pa.float64()})
+SELECTION = pa.schema(
+    {
+        "sample_id": pa.string(),
+        "weight": pa.float64(),
+        "rejected_id": pa.string(),
+        "step": pa.int32(),
+        "grown": pa.int32(),  # the round whose samples these are
+    }
+)
 
 _ROUND = re.compile(r"round-(\d{4,})")
 _PART = re.compile(r"(.+)-(\d{5,})\.parquet")
@@ -113,16 +130,37 @@ class SampleStore:
         taken = [match for match in map(_PART.fullmatch, (path.name for path in paths)) if match]
         return 1 + max((int(match[2]) for match in taken if unquote(match[1]) == reward_name), default=-1)
 
-    def write_selection(self, round: int, sample_ids: Sequence[str], weights: Sequence[float]) -> None:
-        """Write which samples a round trains on, in order, with the weight of each."""
-        rows = [{"sample_id": i, "weight": float(w)} for i, w in zip(sample_ids, weights, strict=True)]
+    def write_selection(self, round: int, examples: Sequence[Example], *, grown: int) -> None:
+        """Write what a round trains on, in order, of the samples of the round `grown`."""
+        rows = [
+            {
+                "sample_id": example.sample.id,
+                "weight": float(example.weight),
+                "rejected_id": example.rejected.id if example.rejected else None,
+                "step": example.step,
+                "grown": grown,
+            }
+            for example in examples
+        ]
         _write_table(self._selection(round), rows, SELECTION)
 
-    def read_selection(self, round: int) -> tuple[list[str], list[float]] | None:
-        """Sample ids and weights as they were written, or None if there are none that verify."""
+    def read_selection(self, round: int) -> list[Example]:
+        """What a round trained on as it was written, less what is not of the store's own samples; nothing where it
+        does not verify."""
         path = self._selection(round)
         table = _read_table(path) if path.exists() else None
-        return None if table is None else (table["sample_id"].to_pylist(), table["weight"].to_pylist())
+        rows = [] if table is None else table.to_pylist()
+        samples = {s.id: s for grown in {row["grown"] for row in rows} for s in self.read_samples(grown)}
+        return [
+            Example(
+                sample=samples[row["sample_id"]],
+                weight=row["weight"],
+                rejected=samples[row["rejected_id"]] if row["rejected_id"] else None,
+                step=row["step"],
+            )
+            for row in rows
+            if row["sample_id"] in samples and (row["rejected_id"] or row["sample_id"]) in samples
+        ]
 
     def discard_round(self, round: int) -> None:
         """Remove all that is stored of a round, what depends on the samples first."""
@@ -183,17 +221,37 @@ def _to_row(round: int, sample: Sample) -> dict[str, Any]:
         "prompt_metadata": json.dumps(dict(sample.prompt.metadata), ensure_ascii=False),
         "seed": sample.seed,
         "image": None if image is None else {"bytes": _to_png(image), "path": f"{sample.id}.png"},
-        "latents": None if latents is None else latents.numpy().astype("<f4", copy=False).tobytes(),
+        "latents": None if latents is None else _to_bytes(latents),
         "latents_shape": None if latents is None else list(latents.shape),
         "text": sample.text,
+        "trajectory": None if sample.trajectory is None else _to_struct(sample.trajectory),
         "flaw": sample.flaw,
     }
 
 
+def _to_struct(trajectory: Trajectory) -> dict[str, Any]:
+    assert trajectory.states.dtype == torch.float32
+    return {
+        "states": _to_bytes(trajectory.states),
+        "times": trajectory.times.tolist(),
+        "log_prob": trajectory.log_prob_T.tolist(),
+        "noise_level": trajectory.noise_level,
+        "guidance_scale": trajectory.guidance_scale,
+    }
+
+
 def _to_sample(row: dict[str, Any]) -> Sample:
-    latents = None
+    latents = trajectory = None
     if row["latents"] is not None:
-        latents = torch.from_numpy(np.frombuffer(row["latents"], "<f4").astype(np.float32)).view(row["latents_shape"])
+        latents = _from_bytes(row["latents"], row["latents_shape"])
+    if (steps := row["trajectory"]) is not None:
+        trajectory = Trajectory(
+            states=_from_bytes(steps["states"], [len(steps["times"]), *row["latents_shape"]]),
+            times=torch.tensor(steps["times"]),
+            log_prob_T=torch.tensor(steps["log_prob"]),
+            noise_level=steps["noise_level"],
+            guidance_scale=steps["guidance_scale"],
+        )
     return Sample(
         id=row["sample_id"],
         prompt=Prompt(text=row["prompt"], metadata=json.loads(row["prompt_metadata"])),
@@ -201,8 +259,17 @@ def _to_sample(row: dict[str, Any]) -> Sample:
         image=None if row["image"] is None else _from_png(row["image"]["bytes"]),
         latents=latents,
         text=row["text"],
+        trajectory=trajectory,
         flaw=row["flaw"],
     )
+
+
+def _to_bytes(tensor: torch.Tensor) -> bytes:
+    return tensor.numpy().astype("<f4", copy=False).tobytes()
+
+
+def _from_bytes(data: bytes, shape: Sequence[int]) -> torch.Tensor:
+    return torch.from_numpy(np.frombuffer(data, "<f4").astype(np.float32)).view(list(shape))
 
 
 def _to_png(image: torch.Tensor) -> bytes:

@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 
 from .checkpoint import load_optimizer_tensors, optimizer_tensors
 from .config import TrainingConfig
 from .errors import TrainingError, WeightsError
 from .protocols import Algorithm, Policy
-from .types import TrainingSet
+from .types import Batch, Draw, Example
 
 SKIPS = 3  # steps in a row whose gradient is not finite, after which the run stops
 
@@ -55,33 +56,35 @@ class Trainer:
 
     # -- one round ------------------------------------------------------------------------------------------------
 
-    def steps_in(self, training_set: TrainingSet) -> int:
-        if not len(training_set):
+    def steps_in(self, examples: Sequence[Example]) -> int:
+        if not len(examples):
             return 0
-        return self.config.steps or math.ceil(self.config.epochs * len(training_set) / self.config.batch_size)
+        return self.config.steps or math.ceil(self.config.epochs * len(examples) / self.config.batch_size)
 
     def train(
         self,
-        training_set: TrainingSet,
+        examples: Sequence[Example],
         *,
         round: int,
+        learning_rate: float = 1.0,
         first_step: int = 0,
         after_step: Callable[[int, Mapping[str, float]], None] = lambda step, metrics: None,
     ) -> dict[str, float]:
-        """Take the steps of one round from `first_step` on; `after_step` is called with the number of steps taken
-        and the metrics of the last one. Returns the means over the whole round, also of the steps before
-        `first_step` (which `load_state` brought back), with the number of steps and of skipped ones.
+        """Take the steps of one round from `first_step` on, at `learning_rate` times the configured rate;
+        `after_step` is called with the number of steps taken and the metrics of the last one. Returns the means over
+        the whole round, also of the steps before `first_step` (which `load_state` brought back), with the number of
+        steps and of skipped ones.
 
         Raises:
             TrainingError: several steps in a row gave values that are not finite.
         """
-        steps = self.steps_in(training_set)
+        steps = self.steps_in(examples)
         if first_step == 0:
             self._tally = {"steps": 0.0, "skipped_steps": 0.0}
         in_a_row = 0
         for step in range(first_step, steps):
-            self._set_learning_rate(round, step / steps)
-            metrics = self._step(training_set, round, step)
+            self._set_learning_rate(round, step / steps, learning_rate)
+            metrics = self._step(examples, round, step)
             finite = math.isfinite(metrics["loss"]) and math.isfinite(metrics["gradient_norm"])
             if finite:
                 in_a_row = 0
@@ -107,12 +110,12 @@ class Trainer:
         as it does several times at the start of every run."""
         return self.scaler.is_enabled() and math.isfinite(loss) and self.scaler.get_scale() >= 1
 
-    def _step(self, training_set: TrainingSet, round: int, step: int) -> dict[str, float]:
-        rows = self._rows(training_set, round, step)
-        draw = self.policy.draw([training_set.samples[i] for i in rows], _generator(self.seed, round, step, "draw"))
+    def _step(self, examples: Sequence[Example], round: int, step: int) -> dict[str, float]:
+        rows = [examples[i] for i in self._rows(examples, round, step)]
+        draw = self.policy.draw([row.sample for row in rows], _generator(self.seed, round, step, "draw"))
         mine = list(range(self.accelerator.process_index, len(rows), self.accelerator.num_processes))
         while True:
-            sums = self._accumulate(training_set, rows, draw, mine)
+            sums = self._accumulate(rows, draw, mine, step)
             if not self.total(float(sums is None)):  # all processes agree on the size
                 break
             self.optimizer.zero_grad(set_to_none=True)
@@ -120,9 +123,7 @@ class Trainer:
                 raise TrainingError("out of memory with one sample at a time; lower the image size or model.dtype")
             self.micro_batch_size = max(1, self.micro_batch_size // 2)
         assert sums is not None
-        names = sorted(sums)
-        reduced = self._sum(torch.tensor([sums[name] for name in names]))
-        metrics = {name: value / len(rows) for name, value in zip(names, reduced.tolist(), strict=True)}
+        metrics = {name: total / len(rows) for name, total in self._reduced(sums).items()}
         self._sum_gradients()
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
@@ -136,27 +137,42 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         return metrics
 
-    def _accumulate(self, training_set, rows, draw, mine) -> dict[str, float] | None:
+    def _accumulate(
+        self, rows: Sequence[Example], draw: Draw, mine: Sequence[int], step: int
+    ) -> dict[str, float] | None:
         """Gradients of this process's rows, in micro-batches; the sums of loss and metrics, or None where the
         device ran out of memory."""
-        # The names are the same in every process, also in one that has no row of a small last batch.
         sums: dict[str, float] = {"loss": 0.0}
         try:
             for start in range(0, len(mine), self.micro_batch_size):
                 part = mine[start : start + self.micro_batch_size]
-                samples = [training_set.samples[rows[i]] for i in part]
-                weight_B = torch.tensor([training_set.weights[rows[i]] for i in part], device=self.accelerator.device)
-                loss_B, _ = self.algorithm.loss(self.policy, samples, weight_B, draw.rows(part))
+                batch = Batch(
+                    examples=[rows[i] for i in part],
+                    weight_B=torch.tensor([rows[i].weight for i in part], device=self.accelerator.device),
+                    draw=draw.rows(part),
+                    updates=step,
+                    averaged=self.averaged,
+                )
+                loss_B, metrics = self.algorithm.loss(self.policy, batch)
                 self.scaler.scale(loss_B.sum() / len(rows)).backward()
-                sums["loss"] += float(loss_B.detach().sum())
+                for name, value_B in {"loss": loss_B, **metrics}.items():
+                    sums[name] = sums.get(name, 0.0) + float(value_B.detach().sum())
         except torch.OutOfMemoryError:
             return None
         return sums
 
-    def _rows(self, training_set: TrainingSet, round: int, step: int) -> list[int]:
+    def _reduced(self, sums: Mapping[str, float]) -> dict[str, float]:
+        """The sums over all processes; one that has no row of a small last batch knows no names but the loss."""
+        if self.accelerator.num_processes == 1:
+            return dict(sums)
+        everyone = gather_object([dict(sums)])
+        names = sorted({name for one in everyone for name in one})
+        return {name: math.fsum(one.get(name, 0.0) for one in everyone) for name in names}
+
+    def _rows(self, examples: Sequence[Example], round: int, step: int) -> list[int]:
         """The rows of a step: epochs are shuffled one by one, and only the last batch of the round may be short."""
-        count, size = len(training_set), self.config.batch_size
-        total = self.steps_in(training_set) * size if self.config.steps else self.config.epochs * count
+        count, size = len(examples), self.config.batch_size
+        total = self.steps_in(examples) * size if self.config.steps else self.config.epochs * count
         rows: list[int] = []
         for position in range(step * size, min((step + 1) * size, total)):
             epoch, place = divmod(position, count)
@@ -166,12 +182,12 @@ class Trainer:
     def _permutation(self, count: int, round: int, epoch: int) -> list[int]:
         return torch.randperm(count, generator=_generator(self.seed, round, epoch, "order")).tolist()
 
-    def _set_learning_rate(self, round: int, progress_in_round: float) -> None:
+    def _set_learning_rate(self, round: int, progress_in_round: float, share: float) -> None:
         progress = (round - 1 + progress_in_round) / self.rounds
         factor = {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}
         warm = min(1.0, (self.steps_done + 1) / (self.config.warmup_steps + 1))
         for group in self.optimizer.param_groups:
-            group["lr"] = self.config.learning_rate * factor[self.config.schedule] * warm
+            group["lr"] = self.config.learning_rate * factor[self.config.schedule] * warm * share
 
     def _update_average(self) -> None:
         """EMA with the usual warm-up: the decay grows as (1 + n) / (10 + n) up to the configured one."""
@@ -198,12 +214,10 @@ class Trainer:
 
     def total(self, value: float) -> float:
         """The sum of `value` over the processes."""
-        return self._sum(torch.tensor(value, dtype=torch.float64)).item()
-
-    def _sum(self, values: torch.Tensor) -> torch.Tensor:
         if self.accelerator.num_processes == 1:
-            return values
-        return self.accelerator.reduce(values.to(self.accelerator.device), "sum").cpu()
+            return value
+        values = torch.tensor(value, dtype=torch.float64, device=self.accelerator.device)
+        return self.accelerator.reduce(values, "sum").item()
 
     def _sum_gradients(self) -> None:
         """Add up the processes' gradients in one exchange. (DistributedDataParallel would wrap the denoiser, and the

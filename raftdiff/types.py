@@ -1,12 +1,13 @@
 """What flows through a round, stage by stage. Frozen, keyword-only; nothing is written back.
 
-Prompt -> Sample -> Scored, Group -> TrainingSet -> RoundReport
+Prompt -> Sample -> Scored, Group -> Example, Batch -> RoundReport
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,6 +32,25 @@ class Prompt:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Trajectory:
+    """How a stochastic sampler came to a sample: each step is Gaussian around what the model predicted.
+
+    Trajectory(states=<float32 [11, 16, 8, 8]>, times=<float32 [11]>, log_prob_T=<float32 [10]>, noise_level=1.0)
+    """
+
+    states: torch.Tensor
+    """x at every step, float32 [T + 1, ...], from noise to x_0, on the CPU."""
+    times: torch.Tensor
+    """The training timestep of each state, float32 [T + 1], as the pipeline hands it to its denoiser."""
+    log_prob_T: torch.Tensor
+    """Log-density of each step under the model that sampled, mean over the latent dimensions, float32 [T]."""
+    noise_level: float
+    """How much noise the steps added: eta of DDIM, a of the flow-matching SDE."""
+    guidance_scale: float = 1.0
+    """That the steps were predicted with."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Sample:
     """One output for a prompt.
 
@@ -49,6 +69,8 @@ class Sample:
     """x_0 as the scheduler's last step left it, float32, in the layout the pipeline denoises in, on the CPU."""
     text: str | None = None
     """The completion, from a language model."""
+    trajectory: Trajectory | None = None
+    """The steps that led to it, where the algorithm needs them."""
     flaw: str | None = None
     """Why the sample must not be scored or trained on (a black image), or None."""
 
@@ -83,27 +105,21 @@ class Group:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingSet:
-    """What selection hands to training: samples, each with a weight on its loss.
+class Example:
+    """What selection hands to training: one row of its batches.
 
-    TrainingSet(samples=(<Sample>, <Sample>), weights=(1.0, 1.0))
+    Example(sample=<Sample>)                             # trained on
+    Example(sample=<Sample>, weight=-0.3, step=4)        # one denoising step of a rollout, with its advantage
+    Example(sample=<Sample>, rejected=<Sample>)          # preferred to another one
     """
 
-    samples: tuple[Sample, ...]
-    weights: tuple[float, ...]
-
-    def __post_init__(self) -> None:
-        assert len(self.samples) == len(self.weights)
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    @classmethod
-    def uniform(cls, samples: Sequence[Sample]) -> TrainingSet:
-        return cls(samples=tuple(samples), weights=(1.0,) * len(samples))
-
-    def __add__(self, other: TrainingSet) -> TrainingSet:
-        return TrainingSet(samples=self.samples + other.samples, weights=self.weights + other.weights)
+    sample: Sample
+    weight: float = 1.0
+    """On its loss: 1, a normalised weight, an advantage."""
+    rejected: Sample | None = None
+    """The sample that `sample` is preferred to."""
+    step: int | None = None
+    """The step of the sample's trajectory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,6 +136,66 @@ class Draw:
 
     def rows(self, index: slice | Sequence[int]) -> Draw:
         return Draw(noise=self.noise[index], quantile_B=self.quantile_B[index], dropped_B=self.dropped_B[index])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Some rows of one training step, as a loss gets them."""
+
+    examples: Sequence[Example]
+    weight_B: torch.Tensor
+    """float32 [B], the examples' weights on the device of the policy."""
+    draw: Draw
+    updates: int = 0
+    """Optimiser steps since the training on these examples began: at 0 the policy is as it sampled them."""
+    averaged: Callable[[], AbstractContextManager[None]] = nullcontext
+    """Within it the policy has the moving average of its weights, by which it samples, where there is one."""
+
+    @property
+    def samples(self) -> list[Sample]:
+        return [example.sample for example in self.examples]
+
+    @property
+    def rejected(self) -> list[Sample]:
+        """The other side of each pair; only where every example has one."""
+        rejected = [example.rejected for example in self.examples if example.rejected is not None]
+        assert len(rejected) == len(self.examples)
+        return rejected
+
+    @property
+    def steps(self) -> list[int]:
+        """The step of each rollout; only where every example has one."""
+        steps = [example.step for example in self.examples if example.step is not None]
+        assert len(steps) == len(self.examples)
+        return steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class Denoised:
+    """What a denoiser makes of noised latents. All of shape [B, ...], float32, on the device of the policy."""
+
+    x0: torch.Tensor
+    """The clean latents that were noised."""
+    predicted_x0: torch.Tensor
+    """The clean latents that the prediction stands for, with gradients."""
+    prediction: torch.Tensor
+    """In the model's own terms (noise, v, or flow velocity), with gradients."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phase:
+    """What one round is in an algorithm: most sample anew in every round; ReST grows once, then improves several
+    times on what it grew.
+
+    Phase(grown=5, improve=2, learning_rate=0.5)         # the third Improve step on the samples of round 5
+    """
+
+    grown: int
+    """The round whose samples are selected from."""
+    improve: int = 0
+    """How many earlier rounds selected from the same samples."""
+    learning_rate: float = 1.0
+    """Factor on the configured learning rate."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,8 +234,8 @@ class Evaluation:
 
 @dataclass(frozen=True, kw_only=True)
 class StageCost:
-    """One line of the ledger: a stage's wall-clock seconds, and the denoiser passes it took (one row through the
-    denoiser once is one pass; for language models, one token)."""
+    """One line of the ledger: a stage's wall-clock seconds, and the denoiser passes it took: one row through the
+    denoiser forward is one pass, forward and backward three (for language models, a row is a token)."""
 
     stage: str
     seconds: float
@@ -186,3 +262,4 @@ class RoundReport:
     """Mean loss and gradient norm, optimiser steps, learning rate."""
     evaluations: tuple[Evaluation, ...] = ()
     ledger: tuple[StageCost, ...] = ()
+    phase: Phase = Phase(grown=0)

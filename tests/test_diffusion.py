@@ -495,9 +495,12 @@ def test_passes_count_the_rows_through_the_denoiser(family: str):
     samples, draw = batch_of(policy)
     assert policy.passes == 3 * 2  # prompts x steps
     policy.error(samples, draw)
-    assert policy.passes == 3 * 2 + 3
+    assert policy.passes == 3 * 2 + 3 * 3  # there and back
+    with torch.no_grad():
+        policy.error(samples, draw)
+    assert policy.passes == 3 * 2 + 3 * 3 + 3
     policy.sample(PROMPTS, SEEDS, guidance_scale=3.0)
-    assert policy.passes == 3 * 2 + 3 + 3 * 2 * 2
+    assert policy.passes == 3 * 2 + 3 * 3 + 3 + 3 * 2 * 2
 
 
 @pytest.mark.parametrize("family", ["sd-eps", "sdxl", "sd3"])

@@ -19,8 +19,8 @@ LAYERS = (
     {"rounds"},
     {"sampling", "scoring", "training", "evaluation", "store", "report", "display"},
     {"algorithms", "pipelines", "reward_models"},
-    {"selection", "losses", "prompts", "config", "shapes", "data", "checkpoint", "ledger", "interrupts"},
-    {"protocols", "registry"},
+    {"selection", "losses", "prompts", "config", "shapes", "data", "checkpoint", "ledger", "interrupts", "protocols"},
+    {"registry"},
     {"types", "errors"},
 )
 APART = {"algorithms", "pipelines", "reward_models"}  # these never import each other

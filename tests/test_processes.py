@@ -20,7 +20,7 @@ from raftdiff.report import read_metrics
 from raftdiff.rounds import run_rounds
 from raftdiff.store import SampleStore
 from raftdiff.training import Trainer
-from raftdiff.types import Prompt, TrainingSet
+from raftdiff.types import Example, Prompt
 
 
 def in_two_processes(function: Callable[[], object]) -> None:
@@ -69,7 +69,7 @@ def gradient_of_one_step(samples: int, batch_size: int) -> dict[str, list[float]
     policy = ThreeWeights()
     prompts = [Prompt(text=f"prompt {i}") for i in range(samples)]
     drawn = policy.sample(prompts, range(samples))
-    chosen = TrainingSet(samples=tuple(drawn), weights=tuple(1.0 + i for i in range(samples)))
+    chosen = [Example(sample=sample, weight=1.0 + i) for i, sample in enumerate(drawn)]
     settings = TrainingConfig(batch_size=batch_size, steps=1, weight_decay=0, max_grad_norm=1e9, micro_batch_size=2)
     trainer = Trainer(policy, Raft(), settings, seed=1, rounds=1, accelerator=Accelerator())
     metrics = trainer.train(chosen, round=1)

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from raftdiff.algorithms.raft import Raft
+from raftdiff.config import RunConfig
 from raftdiff.errors import ConfigError
 from raftdiff.protocols import Algorithm
-from raftdiff.types import Draw, Group, Prompt, Sample, Scored, TrainingSet
+from raftdiff.types import Batch, Draw, Example, Group, Phase, Prompt, Sample, Scored
 
 
 def group(text: str, *rewards: float | None, log_ratios: tuple[float, ...] = ()) -> Group:
@@ -32,7 +33,11 @@ def group(text: str, *rewards: float | None, log_ratios: tuple[float, ...] = ())
 
 
 def selected(raft: Raft, groups: Sequence[Group]) -> list[str]:
-    return [sample.id for sample in raft.select(groups, round=0, seed=0).samples]
+    return [example.sample.id for example in select(raft, groups)]
+
+
+def select(raft: Raft, groups: Sequence[Group], *, round: int = 0, seed: int = 0) -> list[Example]:
+    return raft.select(groups, round=round, seed=seed, phase=Phase(grown=round))
 
 
 GROUPS = [group("a", 1.0, 5.0, 3.0), group("b", 9.0, 8.0, 7.0), group("c", 2.0, 0.0, 4.0)]
@@ -50,18 +55,18 @@ GROUPS = [group("a", 1.0, 5.0, 3.0), group("b", 9.0, 8.0, 7.0), group("c", 2.0, 
     ids=["local", "local-2", "global", "global-2", "hybrid"],
 )
 def test_each_selection_keeps_what_the_paper_says_with_equal_weights(raft: Raft, expected: list[str]):
-    training_set = raft.select(GROUPS, round=0, seed=0)
-    assert [sample.id for sample in training_set.samples] == expected
-    assert training_set.weights == (1.0,) * len(expected)
+    examples = select(raft, GROUPS)
+    assert [example.sample.id for example in examples] == expected
+    assert [example.weight for example in examples] == [1.0] * len(expected)
 
 
 def test_the_control_keeps_as_many_samples_of_each_prompt_by_the_round_and_seed_alone():
     raft = Raft(selection="random", keep=2)
-    first = raft.select(GROUPS, round=1, seed=3)
-    assert first == raft.select(GROUPS, round=1, seed=3)
-    assert [sample.prompt.text for sample in first.samples] == ["a", "a", "b", "b", "c", "c"]
-    assert len({sample.id for sample in first.samples}) == 6
-    assert any(raft.select(GROUPS, round=round, seed=3) != first for round in range(2, 10))
+    first = select(raft, GROUPS, round=1, seed=3)
+    assert first == select(raft, GROUPS, round=1, seed=3)
+    assert [example.sample.prompt.text for example in first] == ["a", "a", "b", "b", "c", "c"]
+    assert len({example.sample.id for example in first}) == 6
+    assert any(select(raft, GROUPS, round=round, seed=3) != first for round in range(2, 10))
 
 
 def test_kl_beta_changes_the_selection_and_asks_for_the_log_ratio():
@@ -76,7 +81,7 @@ def test_kl_beta_changes_the_selection_and_asks_for_the_log_ratio():
 
 def test_min_reward_drops_chosen_samples_below_it():
     assert selected(Raft(min_reward=5.0), GROUPS) == ["a-1", "b-0"]
-    assert len(Raft(min_reward=9.5).select(GROUPS, round=0, seed=0)) == 0
+    assert select(Raft(min_reward=9.5), GROUPS) == []
 
 
 def test_min_margin_drops_prompts_whose_best_hardly_beats_their_mean():
@@ -85,8 +90,8 @@ def test_min_margin_drops_prompts_whose_best_hardly_beats_their_mean():
     assert selected(Raft(min_margin=2.0), GROUPS) == ["a-1", "c-2"]
     assert selected(Raft(min_margin=2.5), GROUPS) == []
     assert selected(Raft(min_margin=1.5, selection="global"), GROUPS) == []
-    control = Raft(min_margin=1.5, selection="random").select(GROUPS, round=0, seed=0)
-    assert [sample.prompt.text for sample in control.samples] == ["a", "c"]
+    control = select(Raft(min_margin=1.5, selection="random"), GROUPS)
+    assert [example.sample.prompt.text for example in control] == ["a", "c"]
 
 
 def test_min_margin_does_not_count_failed_samples():
@@ -105,8 +110,7 @@ def test_prompts_with_no_scored_sample_give_nothing_and_are_named(caplog: pytest
     with caplog.at_level(logging.WARNING):
         assert selected(Raft(), [group("a red circle", None, None), group("b", 1.0, None)]) == ["b-0"]
     assert "'a red circle'" in caplog.text and "1 prompts" in caplog.text
-    assert Raft(min_margin=1.0).select([group("a", None)], round=0, seed=0) == TrainingSet.uniform([])
-    assert Raft().select([], round=0, seed=0) == TrainingSet.uniform([])
+    assert select(Raft(min_margin=1.0), [group("a", None)]) == select(Raft(), []) == []
 
 
 class PointPolicy:
@@ -128,7 +132,9 @@ def test_the_loss_is_the_weighted_error_and_no_reward_or_kl_enters_it():
     draw = Draw(noise=torch.zeros(2, 1, 2, 2), quantile_B=torch.zeros(2), dropped_B=torch.zeros(2, dtype=torch.bool))
     for raft in (Raft(), Raft(kl_beta=0.5)):
         policy = PointPolicy()
-        loss_B, metrics = raft.loss(policy, samples, torch.tensor([1.0, 0.5]), draw)  # type: ignore[arg-type]
+        examples = [Example(sample=sample) for sample in samples]
+        batch = Batch(examples=examples, weight_B=torch.tensor([1.0, 0.5]), draw=draw)
+        loss_B, metrics = raft.loss(policy, batch)  # type: ignore[arg-type]
         assert loss_B.tolist() == [1.0, 2.0]  # (2 - 1)^2 and .5 * (3 - 1)^2
         assert metrics["error"].tolist() == [1.0, 4.0]
         loss_B.sum().backward()
@@ -159,18 +165,22 @@ def test_options_that_cannot_be_run_are_refused(options: dict, words: str):
         Raft(**options)
 
 
+def of_k(samples_per_prompt: int) -> RunConfig:
+    return RunConfig.model_validate({"sampling": {"samples_per_prompt": samples_per_prompt}})
+
+
 def test_k_that_leaves_nothing_to_select_is_refused_except_for_the_control_and_global():
     for raft in (Raft(), Raft(selection="hybrid", hybrid_keep=4)):
         with pytest.raises(ConfigError, match=r"nothing to select.*samples_per_prompt >= 2 or selection: random"):
-            raft.validate(1)
-        raft.validate(2)
+            raft.validate(of_k(1))
+        raft.validate(of_k(2))
     with pytest.raises(ConfigError, match="nothing to select"):
-        Raft(keep=4).validate(4)
-    Raft(selection="random").validate(1)
-    Raft(selection="global").validate(1)
+        Raft(keep=4).validate(of_k(4))
+    Raft(selection="random").validate(of_k(1))
+    Raft(selection="global").validate(of_k(1))
 
 
 @pytest.mark.parametrize("selection", ["local", "global", "random"])
 def test_keeping_more_than_are_sampled_is_refused(selection):
     with pytest.raises(ConfigError, match="keep is 5 of K = 4"):
-        Raft(selection=selection, keep=5).validate(4)
+        Raft(selection=selection, keep=5).validate(of_k(4))

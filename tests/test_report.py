@@ -109,7 +109,7 @@ def test_a_line_is_canonical_json_with_null_for_what_is_not_finite(tmp_path):
     report = dataclasses.replace(round_report(1, evaluated=False), training={"b": math.nan, "a": math.inf}, ledger=())
     append_metrics(path, report)
     assert path.read_text() == (
-        '{"evaluations":[],"failed":1,"ledger":[],"requested":16,"rewards":{"best_of_group":0.7999999999999999,'
+        '{"evaluations":[],"failed":1,"ledger":[],"phase":{"grown":0,"improve":0,"learning_rate":1.0},"requested":16,"rewards":{"best_of_group":0.7999999999999999,'
         '"reward":0.1},"round":1,"scored":13,"selected":4,"skipped":2,"training":{"a":null,"b":null}}\n'
     )
     assert all(math.isnan(value) for value in read_metrics(path)[0].training.values())

@@ -39,7 +39,7 @@ from raftdiff.report import read_metrics
 from raftdiff.reward_models.jpeg import JpegReward
 from raftdiff.rounds import Run, evaluate_run, run_rounds
 from raftdiff.store import SampleStore
-from raftdiff.types import Prompt, Sample, TrainingSet
+from raftdiff.types import Example, Prompt, Sample
 
 
 def finish(config, *, resume: bool = False, **parts):
@@ -122,7 +122,7 @@ def test_the_ledger_counts_every_row_that_goes_through_the_denoiser(tmp_path):
     cost = {stage.stage: stage.passes for stage in first.ledger}
     assert {stage.stage: stage.passes for stage in base.ledger} == {"evaluate": 4 * 2}  # prompts x steps
     assert cost["sample"] == 4 * 2 * 2 * 2  # prompts x samples x steps x (with and without the prompt)
-    assert cost["train"] == 3 * 2 * 2  # steps x batch x (with and without the prompt)
+    assert cost["train"] == 3 * 2 * (3 + 1)  # steps x batch x (there and back with the prompt, there without)
     assert cost["evaluate"] == 4 * 2
     assert cost["score"] == cost["select"] == 0
 
@@ -437,19 +437,20 @@ def test_two_empty_rounds_stop_the_run_and_resuming_does_not_add_a_third(tmp_pat
 # ------------------------------------------------------------------------------------------------ selection and data
 
 
-def of_own_data(texts: int) -> list[Sample]:
-    return [
+def of_own_data(texts: int) -> list[Example]:
+    samples = [
         Sample(id=f"data-{i}", prompt=Prompt(text=f"own {i}"), seed=0, latents=torch.full((3, 2, 2), 5.0))
         for i in range(texts)
     ]
+    return [Example(sample=sample) for sample in samples]
 
 
 class Seen(Raft):
     """RAFT that keeps which samples it trained on."""
 
-    def loss(self, policy, samples, weight_B, draw):
-        seen.update(s.id.split("-")[0] for s in samples)
-        return super().loss(policy, samples, weight_B, draw)
+    def loss(self, policy, batch):
+        seen.update(s.id.split("-")[0] for s in batch.samples)
+        return super().loss(policy, batch)
 
 
 seen: Counter[str] = Counter()
@@ -492,10 +493,10 @@ def test_kl_regularised_ranking_measures_how_far_the_samples_are_from_the_base(t
 class BestThenWorst(Raft):
     """Selects the best in the first two rounds and the worst from then on."""
 
-    def select(self, groups, *, round, seed):
+    def select(self, groups, *, round, seed, phase):
         if round <= 2:
-            return super().select(groups, round=round, seed=seed)
-        return TrainingSet.uniform([min(g.ranked, key=lambda s: s.reward).sample for g in groups])
+            return super().select(groups, round=round, seed=seed, phase=phase)
+        return [Example(sample=min(g.ranked, key=lambda s: s.reward).sample) for g in groups]
 
 
 def test_the_best_round_is_exported_however_long_ago_it_was(tmp_path):

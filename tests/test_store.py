@@ -17,7 +17,7 @@ from PIL import Image
 
 from raftdiff.errors import StorageError
 from raftdiff.store import SampleStore
-from raftdiff.types import Prompt, Sample
+from raftdiff.types import Example, Prompt, Sample
 
 
 def image_sample(k: int, height: int = 5, width: int = 7) -> Sample:
@@ -78,7 +78,7 @@ def test_reading_what_was_never_written_gives_nothing(tmp_path):
     assert store.rounds() == []
     assert store.read_samples(0) == []
     assert store.read_scores(0) == {}
-    assert store.read_selection(0) is None
+    assert store.read_selection(0) == []
     store.discard_round(0)
 
 
@@ -203,11 +203,14 @@ def test_scores_and_sample_ids_of_different_lengths_are_refused(tmp_path):
 
 def test_a_selection_comes_back_in_order_with_repeats(tmp_path, caplog):
     store = SampleStore(tmp_path)
-    store.write_selection(3, ["b", "a", "b"], [1.0, 0.25, 1.0])
-    assert store.read_selection(3) == (["b", "a", "b"], [1.0, 0.25, 1.0])
+    a, b, c = (text_sample(i) for i in range(3))
+    store.write_samples(2, 0, [a, b, c])
+    chosen = [Example(sample=b), Example(sample=a, weight=0.25, step=4), Example(sample=b, rejected=c)]
+    store.write_selection(3, [*chosen, Example(sample=text_sample(9))], grown=2)
+    assert store.read_selection(3) == chosen  # not what is nowhere in the store
     path = tmp_path / "selections" / "round-0003.parquet"
     path.write_bytes(flip_a_bit(path.read_bytes()))
-    assert store.read_selection(3) is None
+    assert store.read_selection(3) == []
     assert "round-0003.parquet is ignored" in caplog.text
 
 
@@ -216,10 +219,10 @@ def test_discarding_a_round_removes_it_alone_and_entirely(tmp_path):
     for round in (2, 3):
         store.write_samples(round, 0, [text_sample(0)])
         store.write_scores(round, 0, "clip", ["a"], [1.0])
-        store.write_selection(round, ["a"], [1.0])
+        store.write_selection(round, [Example(sample=text_sample(0))], grown=round)
     store.discard_round(3)
     assert store.rounds() == [2]
     assert [path for path in tmp_path.rglob("*0003*")] == []
     assert len(store.read_samples(2)) == 1
     assert store.read_scores(2) == {"clip": {"a": 1.0}}
-    assert store.read_selection(2) == (["a"], [1.0])
+    assert store.read_selection(2) == [Example(sample=text_sample(0))]

@@ -11,12 +11,12 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+from raftdiff.algorithms.raft import Raft
 from raftdiff.config import TrainingConfig
 from raftdiff.errors import TrainingError, WeightsError
-from raftdiff.losses import weighted_error
 from raftdiff.protocols import Policy
 from raftdiff.training import Trainer
-from raftdiff.types import Draw, Prompt, Sample, TrainingSet
+from raftdiff.types import Draw, Example, Prompt, Sample
 
 
 class Linear:
@@ -31,7 +31,7 @@ class Linear:
         self.noisy = noisy
         self.batches: list[list[str]] = []
 
-    def sample(self, prompts, seeds, *, guidance_scale=None):
+    def sample(self, prompts, seeds, *, guidance_scale=None, noise_level=None):
         raise NotImplementedError
 
     def draw(self, samples: Sequence[Sample], generator: torch.Generator) -> Draw:
@@ -65,30 +65,18 @@ class Linear:
         return "linear"
 
 
-class WeightedError:
-    """RAFT's loss, and no selection."""
-
-    needs_log_ratio = False
-
-    def select(self, groups, *, round, seed):
-        raise NotImplementedError
-
-    def loss(self, policy, samples, weight_B, draw):
-        return weighted_error(policy.error(samples, draw), weight_B)
-
-
-def training_set(*rows: tuple[float, float], weights: Sequence[float] | None = None) -> TrainingSet:
-    samples = tuple(
+def examples(*rows: tuple[float, float], weights: Sequence[float] | None = None) -> list[Example]:
+    samples = [
         Sample(id=str(i), prompt=Prompt(text=""), seed=i, latents=torch.tensor(row).float())
         for i, row in enumerate(rows)
-    )
-    return TrainingSet(samples=samples, weights=tuple(weights or [1.0] * len(samples)))
+    ]
+    return [Example(sample=s, weight=w) for s, w in zip(samples, weights or [1.0] * len(samples), strict=True)]
 
 
 def trainer(policy: Linear, *, rounds: int = 1, **settings) -> Trainer:
     return Trainer(
         policy,
-        WeightedError(),
+        Raft(),
         TrainingConfig(**{"learning_rate": 0.1, "weight_decay": 0.0, "max_grad_norm": 1e9} | settings),
         seed=3,
         rounds=rounds,
@@ -96,7 +84,7 @@ def trainer(policy: Linear, *, rounds: int = 1, **settings) -> Trainer:
     )
 
 
-SEVEN = training_set((1, 0), (0, 1), (1, 1), (2, 0), (0, -2), (1, -1), (-1, 2), weights=[1, 2, 0.5, 1, 1, 3, 1])
+SEVEN = examples((1, 0), (0, 1), (1, 1), (2, 0), (0, -2), (1, -1), (-1, 2), weights=[1, 2, 0.5, 1, 1, 3, 1])
 
 
 def test_the_policy_of_these_tests_is_one():
@@ -107,7 +95,7 @@ def test_loss_and_gradient_are_the_weighted_mean_over_the_batch():
     # w = (1, -1): errors 1, 1, 4 for x = (1, 0), (0, 1), (2, 0); d error / d w = 2 (w.x) x
     policy = Linear()
     metrics = trainer(policy, batch_size=3, steps=1).train(
-        training_set((1, 0), (0, 1), (2, 0), weights=[1.0, 3.0, 0.5]), round=1
+        examples((1, 0), (0, 1), (2, 0), weights=[1.0, 3.0, 0.5]), round=1
     )
     assert metrics["loss"] == pytest.approx((1 * 1 + 3 * 1 + 0.5 * 4) / 3)
     gradient = (1 * 2 * 1 + 0.5 * 2 * 2 * 2) / 3, 3 * 2 * -1 / 3
@@ -118,10 +106,10 @@ def test_loss_and_gradient_are_the_weighted_mean_over_the_batch():
 
 def test_a_large_gradient_is_scaled_down_to_the_configured_norm():
     policy = Linear((1000.0, 0.0))
-    trainer(policy, batch_size=1, steps=1, max_grad_norm=0.5).train(training_set((1, 0)), round=1)
+    trainer(policy, batch_size=1, steps=1, max_grad_norm=0.5).train(examples((1, 0)), round=1)
     free = Linear((1000.0, 0.0))
     loop = trainer(free, batch_size=1, steps=1, max_grad_norm=0.5)
-    loop.train(training_set((1, 0)), round=1)
+    loop.train(examples((1, 0)), round=1)
     (moments,) = loop.optimizer.state.values()
     assert moments["exp_avg"].tolist() == pytest.approx([0.1 * 0.5, 0.0])  # (1 - beta_1) * gradient
 
@@ -153,7 +141,7 @@ def test_the_last_short_batch_is_a_mean_over_what_it_holds():
     policy = Linear()
     losses: list[float] = []
     trainer(policy, batch_size=2, epochs=1, learning_rate=1e-12).train(
-        training_set((1, 0), (1, 0), (1, 0)), round=1, after_step=lambda step, m: losses.append(m["loss"])
+        examples((1, 0), (1, 0), (1, 0)), round=1, after_step=lambda step, m: losses.append(m["loss"])
     )
     assert [len(batch) for batch in policy.batches] == [2, 1] and losses == pytest.approx([1.0, 1.0])
 
@@ -164,9 +152,8 @@ def test_steps_go_on_over_epochs_and_an_empty_set_has_none():
     loop.train(SEVEN, round=1)
     assert [len(batch) for batch in policy.batches] == [3] * 5
     assert sorted([i for batch in policy.batches for i in batch][:7]) == list("0123456")
-    nothing = TrainingSet(samples=(), weights=())
-    assert loop.steps_in(nothing) == 0
-    assert loop.train(nothing, round=2) == {"steps": 0.0, "skipped_steps": 0.0}
+    assert loop.steps_in([]) == 0
+    assert loop.train([], round=2) == {"steps": 0.0, "skipped_steps": 0.0}
 
 
 @pytest.mark.parametrize(
@@ -192,7 +179,7 @@ def test_the_moving_average_by_hand():
     policy = Linear((1.0, 0.0))
     loop = trainer(policy, batch_size=1, steps=3, ema_decay=0.25)
     seen = [1.0]
-    loop.train(training_set((1, 0)), round=1, after_step=lambda step, m: seen.append(policy.weight[0].item()))
+    loop.train(examples((1, 0)), round=1, after_step=lambda step, m: seen.append(policy.weight[0].item()))
     mean = seen[0]
     for decay, weight in zip([2 / 11, 3 / 12, 0.25], seen[1:], strict=True):
         mean = decay * mean + (1 - decay) * weight
@@ -204,8 +191,8 @@ def test_the_moving_average_by_hand():
     assert loop.state()["average"]["weight"][0].item() == pytest.approx(mean, abs=1e-6)
 
 
-def poisoned(*bad: int) -> TrainingSet:
-    return training_set(*[(math.nan, 0) if i in bad else (1, i) for i in range(6)])
+def poisoned(*bad: int) -> list[Example]:
+    return examples(*[(math.nan, 0) if i in bad else (1, i) for i in range(6)])
 
 
 def test_a_step_whose_gradient_is_not_finite_is_skipped_and_counted():

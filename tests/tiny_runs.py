@@ -25,7 +25,7 @@ from raftdiff.protocols import Algorithm
 from raftdiff.reward_models.function import FunctionReward
 from raftdiff.rounds import Display, Quiet, Run
 from raftdiff.scoring import WeightedReward
-from raftdiff.types import Draw, Prompt, Sample
+from raftdiff.types import Draw, Example, Prompt, Sample
 
 PROMPTS = ["a red circle", "a blue square", "a green triangle", "a yellow star"]
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"
@@ -51,7 +51,12 @@ class ThreeWeights:
         self._flawed = set(flawed)
 
     def sample(
-        self, prompts: Sequence[Prompt], seeds: Sequence[int], *, guidance_scale: float | None = None
+        self,
+        prompts: Sequence[Prompt],
+        seeds: Sequence[int],
+        *,
+        guidance_scale: float | None = None,
+        noise_level: float | None = None,
     ) -> list[Sample]:
         self.passes += len(prompts)
         return [self._one(prompt, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
@@ -71,7 +76,7 @@ class ThreeWeights:
         )
 
     def error(self, samples: Sequence[Sample], draw: Draw) -> torch.Tensor:
-        self.passes += len(samples)
+        self.passes += len(samples) * (3 if torch.is_grad_enabled() else 1)
         x_0 = torch.stack([s.latents for s in samples if s.latents is not None])
         x_t = x_0 + draw.quantile_B[:, None, None, None] * draw.noise
         return (x_t - self._base - self.color[:, None, None]).square().mean((1, 2, 3))
@@ -147,7 +152,7 @@ def three_weights_run(
     policy: ThreeWeights | None = None,
     algorithm: Algorithm | None = None,
     display: Display | None = None,
-    data: Sequence[Sample] = (),
+    data: Sequence[Example] = (),
     teacher: ThreeWeights | None = None,
 ) -> Run:
     """A run of `ThreeWeights`, on its way to red."""

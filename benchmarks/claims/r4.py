@@ -14,7 +14,7 @@ from benchmarks.common import arguments, configured, table, verdict
 from raftdiff.algorithms.raft import Raft
 from raftdiff.build import build
 from raftdiff.scoring import score
-from raftdiff.types import Group
+from raftdiff.types import Group, Phase
 
 
 def main() -> None:
@@ -57,7 +57,7 @@ def main() -> None:
 
 
 def _selected(name: str, groups) -> list[str]:
-    return [s.id for s in Raft(selection=name).select(groups, round=1, seed=0).samples]
+    return [e.sample.id for e in Raft(selection=name).select(groups, round=1, seed=0, phase=Phase(grown=1))]
 
 
 def _prompts(ids: list[str]) -> int:

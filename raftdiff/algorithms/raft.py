@@ -18,12 +18,13 @@ from typing import Literal, get_args
 
 import torch
 
+from ..config import RunConfig
 from ..errors import ConfigError
 from ..losses import weighted_error
-from ..protocols import Policy
+from ..protocols import Algorithm, Policy
 from ..registry import nearest
 from ..selection import best_of_group, best_overall, by_reward, hybrid, kl_regularized, random_of_group
-from ..types import Draw, Group, Sample, Scored, TrainingSet
+from ..types import Batch, Example, Group, Phase, Scored
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +32,7 @@ Selection = Literal["local", "global", "hybrid", "random"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Raft:
+class Raft(Algorithm):
     """Fine-tune on the best of one's own samples: no reward enters the loss.
 
     To raise E_{x ~ D, y ~ p_w(.|x)} r(x, y), each round draws y_1..y_K ~ p_w(.|x) for every prompt x, keeps
@@ -79,11 +80,12 @@ class Raft:
             )
 
     @property
-    def needs_log_ratio(self) -> bool:
+    def needs_log_ratio(self) -> bool:  # type: ignore[override]
         return self.kl_beta > 0 and self.selection != "random"  # the control ranks nothing
 
-    def validate(self, samples_per_prompt: int) -> None:
-        """Raise ConfigError where K = `samples_per_prompt` leaves this selection no choice."""
+    def validate(self, config: RunConfig) -> None:
+        """Raise ConfigError where K leaves this selection no choice."""
+        samples_per_prompt = config.sampling.samples_per_prompt
         if self.keep > samples_per_prompt:
             raise ConfigError(
                 f"keep is {self.keep} of K = {samples_per_prompt} samples a prompt; "
@@ -95,7 +97,7 @@ class Raft:
                 f"set sampling.samples_per_prompt >= {self.keep + 1} or selection: random"
             )
 
-    def select(self, groups: Sequence[Group], *, round: int, seed: int) -> TrainingSet:
+    def select(self, groups: Sequence[Group], *, round: int, seed: int, phase: Phase) -> list[Example]:
         """The chosen samples that pass the filters, each with the weight 1; empty where none does."""
         unscored = [group.prompt.text for group in groups if not group.ranked]
         if unscored:
@@ -110,7 +112,7 @@ class Raft:
         ]
         if len(kept) < len(chosen):
             logger.info("round %d: the filters dropped %d of %d samples", round, len(chosen) - len(kept), len(chosen))
-        return TrainingSet.uniform(kept)
+        return [Example(sample=sample) for sample in kept]
 
     def _choose(self, groups: Sequence[Group], round: int, seed: int) -> list[Scored]:
         key = kl_regularized(self.kl_beta) if self.needs_log_ratio else by_reward
@@ -128,8 +130,6 @@ class Raft:
         rewards = [by_reward(scored) for scored in best_of_group([group], keep=len(group.samples))]
         return not rewards or rewards[0] - math.fsum(rewards) / len(rewards) >= self.min_margin
 
-    def loss(
-        self, policy: Policy, samples: Sequence[Sample], weight_B: torch.Tensor, draw: Draw
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """`weight_B` times the policy's error: the negative log-likelihood of the kept samples, or its surrogate."""
-        return weighted_error(policy.error(samples, draw), weight_B)
+    def loss(self, policy: Policy, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The weight times the policy's error: the negative log-likelihood of the kept samples, or its surrogate."""
+        return weighted_error(policy.error(batch.samples, batch.draw), batch.weight_B)

@@ -12,8 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from raftdiff.build import build
-from raftdiff.cli import load_preset
-from raftdiff.config import RunConfig, dump_config, load_config, parse_config
+from raftdiff.config import RunConfig, dump_config, load_config, load_preset, parse_config
 from raftdiff.display import Terminal
 from raftdiff.evaluation import paired_interval
 from raftdiff.rounds import Result, run_rounds

@@ -8,22 +8,30 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.logging import RichHandler
 
+from .config import (
+    PRESETS,
+    ModelConfig,
+    RewardConfig,
+    RunConfig,
+    SamplingConfig,
+    dump_config,
+    load_config,
+    load_preset,
+    parse_config,
+    presets,
+)
 from .errors import ConfigError, DataError, RaftdiffError
 
 if TYPE_CHECKING:
-    from .config import RunConfig
     from .rounds import Result
 
 console = Console()
-
-PRESETS = resources.files("raftdiff") / "presets"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -135,29 +143,9 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def presets() -> list[str]:
-    """Names of the shipped configurations."""
-    return sorted(file.name.removesuffix(".yaml") for file in PRESETS.iterdir() if file.name.endswith(".yaml"))
-
-
-def load_preset(name: str) -> RunConfig:
-    """A shipped configuration. Raises ConfigError on an unknown name."""
-    import yaml
-
-    from .config import parse_config
-    from .registry import nearest
-
-    if name not in presets():
-        raise ConfigError(f"there is no preset {name!r}{nearest(name, presets())} (there are {', '.join(presets())})")
-    text = (PRESETS / f"{name}.yaml").read_text(encoding="utf-8")
-    return parse_config(yaml.safe_load(text), where=f"preset {name}")
-
-
 def _configured(known: argparse.Namespace, settings: Sequence[str]) -> RunConfig:
     """The file or preset, with the settings of the command line over it."""
     import tyro
-
-    from .config import RunConfig, dump_config, load_config, parse_config
 
     # The file comes first, so that it cannot be taken for the value of a setting that this parser does not know.
     file, settings = (settings[0], settings[1:]) if settings and not settings[0].startswith("-") else (None, settings)
@@ -240,8 +228,6 @@ def _resume(known: argparse.Namespace, settings: Sequence[str]) -> None:
 
 def _run_config(folder: Path) -> RunConfig:
     """The configuration of a run folder, which may have been moved since it was begun."""
-    from .config import load_config
-
     if not (folder / "config.yaml").is_file():
         raise DataError(f"{folder} is no run folder: it has no config.yaml")
     config = load_config(folder / "config.yaml")
@@ -251,8 +237,6 @@ def _run_config(folder: Path) -> RunConfig:
 
 
 def _show_config(known: argparse.Namespace, settings: Sequence[str]) -> None:
-    from .config import dump_config
-
     print(dump_config(_configured(known, settings)), end="")
 
 
@@ -268,7 +252,6 @@ def _sample(known: argparse.Namespace, settings: Sequence[str]) -> None:
     import json
 
     from .build import build_policy, default_device
-    from .config import ModelConfig, RunConfig, SamplingConfig
     from .pipelines.loading import load_lora, load_pipeline
     from .report import image_grid
 
@@ -307,7 +290,6 @@ def _score(known: argparse.Namespace, settings: Sequence[str]) -> None:
 
     from .build import build_reward, default_device
     from .checkpoint import write_file
-    from .config import RewardConfig
     from .data import read_folder
     from .evaluation import paired_interval
     from .scoring import score_parts

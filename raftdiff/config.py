@@ -4,6 +4,7 @@ docs/configuration.md read that text."""
 from __future__ import annotations
 
 import re
+from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,6 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from .errors import ConfigError
 from .registry import nearest
+
+PRESETS = resources.files("raftdiff") / "presets"
 
 Dtype = Literal["fp32", "bf16", "fp16"]
 Positive = Annotated[int, Field(ge=1)]
@@ -284,6 +287,23 @@ def _settings_in(annotation: Any) -> Any:
     if isinstance(annotation, type) and issubclass(annotation, Settings):
         return annotation
     return next((found for a in getattr(annotation, "__args__", ()) if (found := _settings_in(a))), None)
+
+
+def presets() -> list[str]:
+    """Names of the shipped configurations."""
+    return sorted(file.name.removesuffix(".yaml") for file in PRESETS.iterdir() if file.name.endswith(".yaml"))
+
+
+def load_preset(name: str) -> RunConfig:
+    """A shipped configuration.
+
+    Raises:
+        ConfigError: an unknown name.
+    """
+    if name not in presets():
+        raise ConfigError(f"there is no preset {name!r}{nearest(name, presets())} (there are {', '.join(presets())})")
+    text = (PRESETS / f"{name}.yaml").read_text(encoding="utf-8")
+    return parse_config(yaml.safe_load(text), where=f"preset {name}")
 
 
 def dump_config(config: RunConfig) -> str:

@@ -30,6 +30,11 @@ class Ledger:
                 passes=before.passes + self._passes() - passes,
             )
 
+    @property
+    def passes(self) -> int:
+        """Of all stages since the last `take`."""
+        return sum(cost.passes for cost in self._costs.values())
+
     def take(self) -> tuple[StageCost, ...]:
         """The stages since the last call, in the order in which they began."""
         costs, self._costs = tuple(self._costs.values()), {}

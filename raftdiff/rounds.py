@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -135,7 +136,7 @@ def run_rounds(run: Run, *, resume: bool = False) -> Result:
             examples = stages.select(round, phase, groups)
             training = stages.train(round, phase, examples, first_step=step)
             step = 0
-            evaluations = stages.evaluate(round)
+            evaluations = stages.evaluate(round, reports)
             reports.append(stages.publish(round, phase, groups, examples, training, evaluations, reports))
             done = round
         return stages.finish(reports)
@@ -442,8 +443,10 @@ class _Stages:
         self.run.display.round_done(report)
         return report
 
-    def evaluate(self, round: int) -> tuple[Evaluation, ...]:
-        if round % self.config.evaluation.every and round != self.config.rounds:
+    def evaluate(self, round: int, earlier: Sequence[RoundReport]) -> tuple[Evaluation, ...]:
+        spent = training_passes(earlier) + int(self.trainer.total(self.ledger.passes))
+        last = round == self.config.rounds or spent >= (self.config.budget or math.inf)
+        if round % self.config.evaluation.every and not last:
             return ()
         with self.trainer.averaged():
             return self.evaluations(round)

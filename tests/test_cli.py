@@ -16,7 +16,7 @@ from tiny_runs import tiny_pipeline
 
 from raftdiff import cli
 from raftdiff.cli import main
-from raftdiff.config import RunConfig, load_config, parse_config
+from raftdiff.config import RunConfig, load_config, parse_config, presets
 
 
 @contextmanager
@@ -191,7 +191,7 @@ def test_report_makes_the_page_again(finished):
 def test_list_names_every_unit_and_preset():
     result = call("list")
     assert result.code == 0
-    for name in ("clip", "aesthetic", "jpeg", "shapes-oracle", "raft", "diffusion", *cli.presets()):
+    for name in ("clip", "aesthetic", "jpeg", "shapes-oracle", "raft", "diffusion", *presets()):
         assert name in result.out
 
 

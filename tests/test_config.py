@@ -8,8 +8,16 @@ import pytest
 import yaml
 
 from raftdiff.build import build_algorithm
-from raftdiff.cli import load_preset, presets
-from raftdiff.config import RunConfig, difference, dump_config, is_identity, load_config, parse_config
+from raftdiff.config import (
+    RunConfig,
+    difference,
+    dump_config,
+    is_identity,
+    load_config,
+    load_preset,
+    parse_config,
+    presets,
+)
 from raftdiff.errors import ConfigError
 
 

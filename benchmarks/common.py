@@ -48,7 +48,7 @@ def run(config: RunConfig) -> Result:
     begun = (config.folder / "config.yaml").exists()
     if begun and dump_config(load_config(config.folder / "config.yaml")) != dump_config(config):
         raise SystemExit(f"{config.folder} holds a run with other settings; remove it, or choose another --output")
-    with Terminal(console, config.rounds) as display:
+    with Terminal(console, config) as display:
         display.say(f"{config.name}:")
         return run_rounds(build(config, display=display), resume=begun)
 

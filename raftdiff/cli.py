@@ -8,6 +8,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -126,6 +127,9 @@ def _parser() -> argparse.ArgumentParser:
     report = command("report", _report, "make a run's report.html again")
     report.add_argument("folder", type=Path, help="the run folder")
     report.add_argument("--allow-code", action="store_true", help="allow `module:Class` names in the configuration")
+    compare = command("compare", _compare, "run several methods at an equal budget and compare what comes out")
+    compare.add_argument("file", type=Path, help="what to compare (docs/compare.md)")
+    compare.add_argument("--allow-code", action="store_true", help="allow `module:Class` names in the configuration")
     command("list", _list, "list rewards, algorithms, policies and presets")
 
     shapes = commands.add_parser("shapes", help="the embedded world and its model").add_subparsers(
@@ -175,7 +179,7 @@ def _run(config: RunConfig, *, allow_code: bool, resume: bool = False) -> Result
     from .report import terminal_table
     from .rounds import run_rounds
 
-    with Terminal(console, config.rounds) as display:
+    with Terminal(console, config) as display:
         display.say(f"loading {config.model.path} and its rewards")
         result = run_rounds(build(config, allow_code=allow_code, display=display), resume=resume)
     trained = [reward.label or reward.name for reward in config.rewards if reward.weight]
@@ -330,7 +334,7 @@ def _evaluate(known: argparse.Namespace, settings: Sequence[str]) -> None:
     changes: dict = {"prompts": known.prompts, "seeds_per_prompt": known.seeds, "guidance_scales": known.guidance}
     evaluation = config.evaluation.model_copy(update={k: v for k, v in changes.items() if v is not None})
     config = config.model_copy(update={"evaluation": evaluation})
-    with Terminal(console, config.rounds) as display:
+    with Terminal(console, config) as display:
         run = build(config, allow_code=known.allow_code, display=display)
         base, aligned = evaluate_run(run)
     console.print(terminal_table(base, aligned, [r.label or r.name for r in config.rewards if r.weight]))
@@ -342,6 +346,22 @@ def _report(known: argparse.Namespace, settings: Sequence[str]) -> None:
 
     run = build(_run_config(known.folder), allow_code=known.allow_code)
     console.print(f"report  {rewrite_report(run)}", highlight=False, markup=False)
+
+
+def _compare(known: argparse.Namespace, settings: Sequence[str]) -> None:
+    from .build import build
+    from .compare import compare, load_compare, table
+    from .display import Terminal
+
+    config = load_compare(known.file)
+    outcomes = compare(
+        config,
+        partial(build, allow_code=known.allow_code),
+        partial(Terminal, console),
+    )
+    console.print()
+    console.print(table(outcomes))
+    console.print(f"report  {config.folder / 'compare.html'}", highlight=False, markup=False)
 
 
 def _list(known: argparse.Namespace, settings: Sequence[str]) -> None:

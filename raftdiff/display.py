@@ -8,14 +8,16 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from .config import RunConfig
 from .types import RoundReport
 
 
 class Terminal:
     """A `raftdiff.rounds.Display` for a person."""
 
-    def __init__(self, console: Console, rounds: int):
-        self.console, self.rounds = console, rounds
+    def __init__(self, console: Console, config: RunConfig):
+        self.console = console
+        self.rounds = "" if config.budget else f"/{config.rounds}"
         self._progress = Progress(
             TextColumn("{task.description:<24}"),
             BarColumn(bar_width=30),
@@ -40,7 +42,7 @@ class Terminal:
     def stage(self, round: int, name: str, total: int) -> None:
         if self._task is not None:
             self._progress.remove_task(self._task)  # type: ignore[arg-type]
-        where = f"round {round}/{self.rounds}" if round else "base"
+        where = f"round {round}{self.rounds}" if round else "base"
         self._task = self._progress.add_task(f"{where} · {name}", total=total, numbers="")
 
     def advance(self, count: int = 1, metrics: Mapping[str, float] | None = None) -> None:
@@ -49,7 +51,7 @@ class Terminal:
             self._progress.update(self._task, advance=count, numbers=numbers)  # type: ignore[arg-type]
 
     def round_done(self, report: RoundReport) -> None:
-        parts = [f"round {report.round}/{self.rounds}" if report.round else "base"]
+        parts = [f"round {report.round}{self.rounds}" if report.round else "base"]
         if report.requested:
             parts.append(
                 f"{report.scored} scored, {report.failed} failed, {report.skipped} skipped, {report.selected} selected"

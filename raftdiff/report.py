@@ -150,14 +150,14 @@ def comparison(base: Sequence[Evaluation], aligned: Sequence[Evaluation], traine
     rows = []
     for evaluation in aligned:
         before = base_at.get(evaluation.guidance_scale)
-        for name in sorted(evaluation.metrics, key=lambda name: _order(name, trained)):
+        for name in sorted(evaluation.metrics, key=lambda name: order_of_metrics(name, trained)):
             after, gain = evaluation.metrics[name], evaluation.gains.get(name)
             digits = _digits(gain or after)
             rows.append(
                 Row(
                     guidance=guidance_label(evaluation.guidance_scale),
                     metric=name,
-                    role=_role(name, trained),
+                    role=role_of_metric(name, trained),
                     base=_number(before.metrics[name].mean, digits) if before and name in before.metrics else ABSENT,
                     aligned=_number(after.mean, digits),
                     gain=_number(gain.mean, digits, signed=True) if gain else ABSENT,
@@ -173,16 +173,16 @@ def guidance_label(scale: float) -> str:
     return "without guidance" if scale <= 1 else f"guidance scale {scale:g}"
 
 
-def _role(name: str, trained: Collection[str]) -> Literal["trained", "not trained on", ""]:
+def role_of_metric(name: str, trained: Collection[str]) -> Literal["trained", "not trained on", ""]:
     if name == "diversity":
         return ""
     return "trained" if name == "reward" or name in trained else "not trained on"
 
 
-def _order(name: str, trained: Collection[str]) -> tuple[int, str]:
+def order_of_metrics(name: str, trained: Collection[str]) -> tuple[int, str]:
     if name == "reward":
         return 0, name
-    return {"trained": 1, "not trained on": 2, "": 3}[_role(name, trained)], name
+    return {"trained": 1, "not trained on": 2, "": 3}[role_of_metric(name, trained)], name
 
 
 def _digits(interval: Interval) -> int:
@@ -248,7 +248,8 @@ class Picture:
     text: str | None = None
 
 
-def _picture(sample: Sample) -> Picture:
+def picture(sample: Sample) -> Picture:
+    """A sample as a page shows it."""
     if sample.image is None:
         return Picture(text=sample.text or "")
     image = Image.fromarray(sample.image.permute(1, 2, 0).numpy())
@@ -268,7 +269,7 @@ def _pairs(before: Sequence[Sample], after: Sequence[Sample]) -> list[tuple[str,
         other = aligned.get((sample.prompt.id, sample.seed))
         if other is not None and len(pairs) < PAIRS:
             pairs.setdefault(sample.prompt.id, (sample, other))
-    return [(one.prompt.text, _picture(one), _picture(other)) for one, other in pairs.values()]
+    return [(one.prompt.text, picture(one), picture(other)) for one, other in pairs.values()]
 
 
 # ------------------------------------------------------------------------------------------------ curves
@@ -276,10 +277,11 @@ def _pairs(before: Sequence[Sample], after: Sequence[Sample]) -> list[tuple[str,
 
 @dataclass(frozen=True, kw_only=True)
 class Curve:
-    """One line of a chart: a value at each round, with its interval where there is one."""
+    """One line of a chart: a value at each place along it (round, passes, seconds), with its interval where there is
+    one."""
 
     label: str
-    rounds: Sequence[float]
+    at: Sequence[float]
     values: Sequence[float]
     lows: Sequence[float] = ()
     highs: Sequence[float] = ()
@@ -312,11 +314,11 @@ class Chart:
 
 def draw_chart(title: str, role: str, curves: Sequence[Curve]) -> Chart:
     """Scale the curves to one box; values that are not finite are left out."""
-    rounds = [r for curve in curves for r in curve.rounds]
+    places = [at for curve in curves for at in curve.at]
     heights = [v for curve in curves for v in (*curve.values, *curve.lows, *curve.highs) if math.isfinite(v)] or [0.0]
     ticks, digits = _ticks(min(heights), max(heights))
     low, high = min(*heights, ticks[0]), max(*heights, ticks[-1])
-    first, last = min(rounds), max(rounds)
+    first, last = min(places), max(places)
 
     def x(r: float) -> float:
         share = (r - first) / (last - first) if last > first else 0.5
@@ -327,20 +329,23 @@ def draw_chart(title: str, role: str, curves: Sequence[Curve]) -> Chart:
 
     drawings = []
     for curve in curves:
-        points = [(x(r), y(v)) for r, v in zip(curve.rounds, curve.values, strict=True) if math.isfinite(v)]
+        points = [(x(r), y(v)) for r, v in zip(curve.at, curve.values, strict=True) if math.isfinite(v)]
         edges = [
             (x(r), y(a), y(b))
-            for r, a, b in zip(curve.rounds, curve.lows, curve.highs, strict=bool(curve.lows))
+            for r, a, b in zip(curve.at, curve.lows, curve.highs, strict=bool(curve.lows))
             if math.isfinite(a) and math.isfinite(b)
         ]
         band = [(at, a) for at, a, _ in edges] + [(at, b) for at, _, b in reversed(edges)]
         drawings.append(
             Drawing(label=curve.label, path=_path(points), band=_path(band) + "Z" if band else "", points=points)
         )
-    step = max(1, math.ceil((last - first) / 8))
-    x_ticks = [(x(r), f"{r:g}" if r else "base") for r in np.arange(first, last + 1, step)]
+    x_ticks = [(x(at), _short(at)) for at in _ticks(first, last)[0] if first <= at <= last and at == int(at)]
     y_ticks = [(y(tick), _number(tick, digits)) for tick in ticks]
     return Chart(title=title, role=role, drawings=drawings, x_ticks=x_ticks, y_ticks=y_ticks)
+
+
+def _short(at: float) -> str:
+    return "base" if at == 0 else f"{at / 1000:g}k" if at >= 10_000 else f"{at:g}"
 
 
 def _path(points: Sequence[tuple[float, float]]) -> str:
@@ -366,7 +371,7 @@ def _charts(reports: Sequence[RoundReport], trained: Collection[str]) -> list[Ch
             by_scale.setdefault(evaluation.guidance_scale, []).append((at, evaluation))
     names = {name for evaluated in by_scale.values() for _, e in evaluated for name in e.metrics}
     charts = []
-    for name in sorted(names, key=lambda name: _order(name, trained)):
+    for name in sorted(names, key=lambda name: order_of_metrics(name, trained)):
         curves = []
         for scale, evaluated in by_scale.items():
             found = [(at, e.metrics[name]) for at, e in evaluated if name in e.metrics]
@@ -374,15 +379,15 @@ def _charts(reports: Sequence[RoundReport], trained: Collection[str]) -> list[Ch
                 curves.append(
                     Curve(
                         label=guidance_label(scale),
-                        rounds=[at for at, _ in found],
+                        at=[at for at, _ in found],
                         values=[interval.mean for _, interval in found],
                         lows=[interval.low for _, interval in found],
                         highs=[interval.high for _, interval in found],
                     )
                 )
-        charts.append(draw_chart(name, _role(name, trained), curves))
+        charts.append(draw_chart(name, role_of_metric(name, trained), curves))
     groups = [
-        Curve(label=label, rounds=[r.round for r in having], values=[r.rewards[key] for r in having])
+        Curve(label=label, at=[r.round for r in having], values=[r.rewards[key] for r in having])
         for key, label in (("best_of_group", "best of each prompt"), ("reward", "mean of all"))
         if (having := [r for r in reports if key in r.rewards])
     ]
@@ -441,26 +446,23 @@ def write_report(
     guidance_groups: dict[str, list[Row]] = {}
     for row in rows:
         guidance_groups.setdefault(row.guidance, []).append(row)
-    html = (
-        _environment()
-        .get_template("report.html.jinja")
-        .render(
-            title=title,
-            verdict=verdict,
-            headline=rows[0] if rows else None,
-            aligned_round=aligned.round if aligned else None,
-            guidance_groups=guidance_groups,
-            pairs=_pairs(before, after),
-            charts=_charts(reports, trained),
-            chart_box=Chart,
-            extremes=[("Best", _cards(best)), ("Worst", _cards(worst))],
-            ledger=_ledger(reports),
-            reports=reports,
-            config_yaml=config_yaml,
-            load_line=load_line,
-            seconds=sum(line.seconds for r in reports for line in r.ledger),
-            passes=sum(line.passes for r in reports for line in r.ledger),
-        )
+    html = page(
+        "report.html.jinja",
+        title=title,
+        verdict=verdict,
+        headline=rows[0] if rows else None,
+        aligned_round=aligned.round if aligned else None,
+        guidance_groups=guidance_groups,
+        pairs=_pairs(before, after),
+        charts=_charts(reports, trained),
+        chart_box=Chart,
+        extremes=[("Best", _cards(best)), ("Worst", _cards(worst))],
+        ledger=_ledger(reports),
+        reports=reports,
+        config_yaml=config_yaml,
+        load_line=load_line,
+        seconds=sum(line.seconds for r in reports for line in r.ledger),
+        passes=sum(line.passes for r in reports for line in r.ledger),
     )
     path = run_folder / "report.html"
     write_file(path, html.encode())
@@ -468,7 +470,7 @@ def write_report(
 
 
 def _cards(samples: Sequence[Scored]) -> list[tuple[Scored, Picture]]:
-    return [(scored, _picture(scored.sample)) for scored in samples]
+    return [(scored, picture(scored.sample)) for scored in samples]
 
 
 def _ledger(reports: Sequence[RoundReport]) -> list[Total]:
@@ -496,6 +498,19 @@ def _forest(interval: Interval) -> dict[str, float]:
     reach = max(abs(interval.low), abs(interval.high), abs(interval.mean)) or 1.0
     places = {"low": interval.low, "high": interval.high, "mean": interval.mean}
     return {name: round(60 + 55 * value / reach, 1) for name, value in places.items()}
+
+
+def page(template: str, **values: Any) -> str:
+    """A page from one of the templates; everything that is put in is escaped."""
+    return _environment().get_template(template).render(**values)
+
+
+def format_interval(interval: Interval) -> tuple[str, str]:
+    """The mean, signed, and the ends, with as many decimals as the interval deserves."""
+    digits = _digits(interval)
+    return _number(
+        interval.mean, digits, signed=True
+    ), f"{_number(interval.low, digits)} to {_number(interval.high, digits)}"
 
 
 @cache

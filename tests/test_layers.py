@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # From the top down. What stands on one line may import each other, without cycles.
 LAYERS = (
     {"app", "cli", "train"},
+    {"compare"},
     {"build"},
     {"rounds"},
     {"sampling", "scoring", "training", "evaluation", "store", "report", "display"},
@@ -24,7 +25,7 @@ LAYERS = (
     {"types", "errors"},
 )
 APART = {"algorithms", "pipelines", "reward_models"}  # these never import each other
-ENGINE = LAYERS[2] | LAYERS[3]  # knows rounds, not models
+ENGINE = set().union(*(layer for layer in LAYERS if layer & {"rounds", "sampling"}))  # knows rounds, not models
 DEPTH = {unit: depth for depth, layer in enumerate(LAYERS) for unit in layer}
 FACADE = "__init__"  # raftdiff/__init__.py only hands out names of other modules
 

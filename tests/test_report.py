@@ -226,7 +226,7 @@ def test_a_grid_enlarges_pixels_without_blurring_them():
 
 
 def test_a_chart_scales_to_round_numbers_and_leaves_gaps_out():
-    curve = Curve(label="x", rounds=[0, 1, 2], values=[0.0, math.nan, 3.0])
+    curve = Curve(label="x", at=[0, 1, 2], values=[0.0, math.nan, 3.0])
     chart = draw_chart("reward", "trained", [curve])
     assert [label for _, label in chart.y_ticks] == ["0", "1", "2", "3"]
     assert [label for _, label in chart.x_ticks] == ["base", "1", "2"]
@@ -238,10 +238,10 @@ def test_a_chart_scales_to_round_numbers_and_leaves_gaps_out():
 
 def test_a_chart_of_one_equal_or_missing_value_can_be_drawn():
     for values in ([2.0, 2.0], [math.nan, math.nan], [0.0, 0.0], [1e9, 1e9]):
-        chart = draw_chart("reward", "", [Curve(label="x", rounds=[0, 1], values=values, lows=values, highs=values)])
+        chart = draw_chart("reward", "", [Curve(label="x", at=[0, 1], values=values, lows=values, highs=values)])
         coordinates = [v for drawing in chart.drawings for point in drawing.points for v in point]
         assert all(0 <= v <= chart.WIDTH for v in coordinates)
-    assert draw_chart("reward", "", [Curve(label="x", rounds=[3], values=[0.5])]).drawings[0].points == [(198.0, 88.0)]
+    assert draw_chart("reward", "", [Curve(label="x", at=[3], values=[0.5])]).drawings[0].points == [(198.0, 88.0)]
 
 
 # ------------------------------------------------------------------------------------------------ report.html

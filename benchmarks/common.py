@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from raftdiff.build import build
+from raftdiff.compare import read_outcome
 from raftdiff.config import RunConfig, dump_config, load_config, load_preset, parse_config
 from raftdiff.display import Terminal
 from raftdiff.evaluation import paired_interval
@@ -64,6 +65,35 @@ def compare(left: Sequence[Evaluation], right: Sequence[Evaluation], metric: str
         differences.append(difference)
         prompts += [str(i // seeds_per_prompt) for i in range(len(difference))]
     return paired_interval(np.concatenate(differences), prompts)
+
+
+def end(result: Result) -> Evaluation:
+    """The model that a run ended with, on the held-out prompts, at the first guidance scale."""
+    return next(report.evaluations[0] for report in reversed(result.reports) if report.evaluations)
+
+
+def gains_table(title: str, results: Mapping[str, Result], metrics: Sequence[str]) -> None:
+    """What each run gained over its base on the held-out prompts."""
+    rows = [[name, *(show(end(result).gains[metric]) for metric in metrics)] for name, result in results.items()]
+    table(f"\n{title}: gain over the base on held-out prompts, mean (95% interval)", ["", *metrics], rows)
+
+
+def difference(left: Result, right: Result, metric: str) -> Interval:
+    """Left minus right at the end of both, paired by prompt and seed."""
+    per_prompt = load_config(left.folder / "config.yaml").evaluation.seeds_per_prompt
+    return compare([end(left)], [end(right)], metric, per_prompt)
+
+
+def drift(result: Result) -> np.ndarray:
+    """How far each held-out picture moved from the base's: root mean square difference of pixels (0 to 1)."""
+    return np.array(read_outcome("", load_config(result.folder / "config.yaml")).drift())
+
+
+def drift_difference(left: Result, right: Result) -> Interval:
+    """Left minus right, paired by prompt and seed."""
+    per_prompt = load_config(left.folder / "config.yaml").evaluation.seeds_per_prompt
+    moved = drift(left) - drift(right)
+    return paired_interval(moved, [str(i // per_prompt) for i in range(len(moved))])
 
 
 def show(interval: Interval, digits: int = 3) -> str:

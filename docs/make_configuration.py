@@ -16,7 +16,7 @@ import annotated_types
 import yaml
 from pydantic_core import PydanticUndefined
 
-from raftdiff.config import IDENTITY, RunConfig, Settings
+from raftdiff.config import FREE, IDENTITY, RunConfig, Settings
 
 PAGE = Path(__file__).with_name("configuration.md")
 
@@ -38,8 +38,8 @@ raftdiff train run.yaml --name=other --rounds=8 --training.learning-rate=5e-5
 - An option of `train` and `show-config` is a key with `-` for `_`, and `=` before its value. It replaces what the
   file or the preset says.
 - Sections of the file (`rewards` is a list) are below. `raftdiff train --help` shows the same text.
-- From Python a section is a keyword of `raftdiff.align`: `training={{"learning_rate": 5e-5}}`. Two names are taken by
-  its own arguments: the section `prompts` is `prompts_settings` there, and held-out prompts are `held_out`.
+- From Python a section is a keyword of `raftdiff.align`: `training={{"learning_rate": 5e-5}}`. Prompts are arguments of
+  its own: `prompts`, `prompts_per_round`, `held_out`.
 - The run folder keeps the whole configuration in `config.yaml`.
 {identity}
 
@@ -64,8 +64,8 @@ def page() -> str:
     """The whole page."""
     identity = textwrap.fill(
         f"- A resumed run must have the same {', '.join(f'`{key}`' for key in IDENTITY[:-1])} and `{IDENTITY[-1]}` "
-        "(of `model`, the device, the attention kernels and gradient checkpointing may change). Other settings may "
-        "change too, and the run says which did.",
+        f"(but {', '.join(f'`{key}`' for key in FREE[:-1])} and `{FREE[-1]}` may change). Other settings may change "
+        "too, and the run says which did.",
         width=118,
         subsequent_indent="  ",
         break_on_hyphens=False,

@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> Result:
         rounds=options.rounds,
         name=options.name,
         output=options.output,
-        prompts_settings={"per_round": options.per_round},
+        prompts_per_round=options.per_round,
         model={"height": options.size, "width": options.size},
         sampling={
             "samples_per_prompt": options.samples_per_prompt,

@@ -1,5 +1,6 @@
-"""An algorithm of one's own: reward-weighted regression (Peters and Schaal, 2007; for text-to-image, Lee et al.,
-arXiv 2302.12192). Every sample is trained on, the more the better it is, where RAFT trains on the best alone.
+"""An algorithm of one's own: rank-weighted training. The better half of each prompt's samples is trained on, weighted
+by rank as CMA-ES weighs its parents (Hansen, arXiv 1604.00772), so that a reward counts by its order alone: squared,
+or with an outlier, it gives the same weights.
 
     python examples/my_algorithm.py                      # aligns the embedded model with it: runs/my-algorithm
 """
@@ -8,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -16,54 +17,43 @@ from raftdiff.build import build
 from raftdiff.config import RunConfig
 from raftdiff.errors import ConfigError
 from raftdiff.losses import weighted_error
-from raftdiff.protocols import Policy
+from raftdiff.protocols import Algorithm, Policy
 from raftdiff.rounds import run_rounds
-from raftdiff.types import Draw, Group, Sample, TrainingSet
+from raftdiff.selection import best_of_group
+from raftdiff.types import Batch, Example, Group, Phase
 
 
 @dataclass(frozen=True, kw_only=True)
-class RewardWeighted:
-    """Fine-tune on all of one's own samples, each weighted by exp(reward / temperature) within its prompt."""
+class RankWeighted(Algorithm):
+    """Fine-tune on the best half of one's own samples, weighted by their rank within the prompt."""
 
-    temperature: float = 1.0
-    """In units of the combined reward. Small: like RAFT's `local` selection; large: like no selection at all."""
-    least_weight: float = 0.05
-    """Samples with a smaller share of their prompt's weight are left out: they cost a pass and teach nothing."""
-
-    needs_log_ratio = False
+    share: float = 0.5
+    """Of each prompt's scored samples, what is trained on: above 0, at most 1."""
 
     def __post_init__(self) -> None:
-        if not self.temperature > 0:
-            raise ConfigError(f"temperature is {self.temperature}; it must be positive")
+        if not 0 < self.share <= 1:
+            raise ConfigError(f"share is {self.share}; it must be above 0 and at most 1")
 
-    def validate(self, samples_per_prompt: int) -> None:
-        """Raise ConfigError where K = `samples_per_prompt` leaves nothing to weigh."""
-        if samples_per_prompt < 2:
-            raise ConfigError("reward-weighted regression needs sampling.samples_per_prompt >= 2")
+    def validate(self, config: RunConfig) -> None:
+        """Raise ConfigError where K leaves nothing to rank."""
+        if config.sampling.samples_per_prompt < 2:
+            raise ConfigError("rank-weighted training needs sampling.samples_per_prompt >= 2")
 
-    def select(self, groups: Sequence[Group], *, round: int, seed: int) -> TrainingSet:
-        """Every prompt's samples, their weights summing to 1 before the small ones are left out."""
-        chosen: list[Sample] = []
-        weights: list[float] = []
-        for group in groups:
-            shares = _softmax([s.reward / self.temperature for s in group.ranked if s.reward is not None])
-            for scored, share in zip(group.ranked, shares, strict=True):
-                if share >= self.least_weight:
-                    chosen.append(scored.sample)
-                    weights.append(share)
-        return TrainingSet(samples=tuple(chosen), weights=tuple(weights))
+    def select(self, groups: Sequence[Group], *, round: int, seed: int, phase: Phase) -> list[Example]:
+        """The best `share` of each prompt, at least one, with weights whose mean is 1."""
+        return [example for group in groups for example in self._ranked(group)]
 
-    def loss(
-        self, policy: Policy, samples: Sequence[Sample], weight_B: torch.Tensor, draw: Draw
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """`weight_B` times the policy's error."""
-        return weighted_error(policy.error(samples, draw), weight_B)
+    def _ranked(self, group: Group) -> list[Example]:
+        best = best_of_group([group], keep=max(1, int(self.share * len(group.ranked))))
+        raw = [math.log(len(best) + 0.5) - math.log(rank) for rank in range(1, len(best) + 1)]
+        return [
+            Example(sample=scored.sample, weight=weight * len(raw) / math.fsum(raw))
+            for scored, weight in zip(best, raw, strict=True)
+        ]
 
-
-def _softmax(values: Sequence[float]) -> list[float]:
-    largest = max(values, default=0.0)
-    exponentials = [math.exp(value - largest) for value in values]
-    return [e / math.fsum(exponentials) for e in exponentials]
+    def loss(self, policy: Policy, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The weight times the policy's error."""
+        return weighted_error(policy.error(batch.samples, batch.draw), batch.weight_B)
 
 
 def main() -> None:
@@ -71,6 +61,7 @@ def main() -> None:
         {
             "name": "my-algorithm",
             "rounds": 2,
+            "algorithm": {"name": "my_algorithm:RankWeighted", "options": {"share": 0.25}},
             "prompts": {"source": "shapes:single/256/1", "per_round": 64},
             "rewards": [{"name": "clip", "options": {"model": "shapes"}}],
             "sampling": {"batch_size": 64, "num_inference_steps": 12, "guidance_scale": 1.0},
@@ -79,8 +70,7 @@ def main() -> None:
             "evaluation": {"prompts": "shapes:single/64/2", "rewards": [{"name": "shapes-oracle"}]},
         }
     )
-    run = replace(build(config), algorithm=RewardWeighted(temperature=0.5))
-    result = run_rounds(run)
+    result = run_rounds(build(config, allow_code=True))
     print(result.verdict.message)
     print(result.report_path)
 

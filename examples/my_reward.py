@@ -55,7 +55,7 @@ def main() -> None:
         judge=["shapes-oracle"],  # measured, never trained on
         name="my-reward",
         rounds=2,
-        prompts_settings={"per_round": 64},
+        prompts_per_round=64,
         sampling={"batch_size": 64, "num_inference_steps": 12, "guidance_scale": 1.0},
         training={"learning_rate": 1e-3, "batch_size": 32, "steps": 60},
         adapter={"targets": "all"},

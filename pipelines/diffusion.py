@@ -5,15 +5,15 @@ Every such pipeline encodes the prompt, then repeats two lines until the image i
     model_output = <whatever this family does>(latents, t, conditioning)
     latents = self.scheduler.step(model_output, t, latents)[0]
 
-So the pipeline's own `__call__` is run for everything, with two of its parts watched:
+So the pipeline's own `__call__` is run for everything, with its parts watched:
 
 * `encode_prompt` is **recorded**, a row for each prompt, and replayed from then on: no prompt is encoded twice,
   and no family's way of conditioning is needed;
 * while sampling, the last `scheduler.step` gives x_0, in whatever layout the family denoises in: what training
   needs, with no VAE encode;
-* while training, `OneStep` stands in for the scheduler: one step, at timesteps of our choosing for each row, which
-  hands back the model output with its graph. Timestep scaling, packed latents, learned variance, position ids and
-  guidance embeddings stay the pipeline's business.
+* while training, `OneStep` stands in for the scheduler: one step, at timesteps of our choosing for each row, from the
+  noised latents that it finds in place of fresh noise, which hands back the model output with its graph. Timestep
+  scaling, packed latents, learned variance, position ids and guidance embeddings stay the pipeline's business.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import inspect
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -28,20 +29,29 @@ from typing import Any, Literal
 
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
-from diffusers.training_utils import cast_training_params
-from peft import LoraConfig
-from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 
-from raftdiff.config import AdapterConfig
+from raftdiff.batches import Batches
+from raftdiff.config import AdapterConfig, Dtype, Timesteps
 from raftdiff.errors import ConfigError, DataError, WeightsError
 from raftdiff.types import Denoised, Draw, Prompt, Sample, Trajectory
 
 from .loading import DTYPES
-from .lora import lora_targets
-from .replay import GuidanceArgument, OneStep, PromptRecord, TrajectoryRecorder
+from .lora import Format, Lora, adapters_on, check_weights, fingerprint
+from .replay import (
+    GuidanceArgument,
+    LatentLayout,
+    Numbering,
+    OneStep,
+    PromptRecord,
+    TrajectoryRecorder,
+    by_length,
+    decoding,
+    planning,
+)
 from .schedule import NoiseSchedule, gaussian_log_prob
 
-ADAPTER = "raftdiff"
+logger = logging.getLogger(__name__)
+
 BLACK = 4  # an image none of whose pixels is brighter than this, of 255, is black
 
 
@@ -60,7 +70,8 @@ class DiffusionPolicy:
         caption_dropout: share of training rows whose prompt is emptied.
         snr_gamma: Min-SNR weighting of the error, arXiv 2303.09556, eq. 5 (eps and v prediction).
         error_space: whether the error is one of the prediction or of the noise that it stands for.
-        timesteps: distribution of the training timesteps.
+        timesteps: distribution of the training timesteps: over the whole schedule, or over those that sampling visits;
+            `auto` is `sampler` for models distilled to a few steps and `uniform` for others.
         precision: arithmetic of the forward pass in training.
 
     Raises:
@@ -83,7 +94,7 @@ class DiffusionPolicy:
         caption_dropout: float = 0.1,
         snr_gamma: float | None = None,
         error_space: Literal["prediction", "noise"] = "prediction",
-        timesteps: Literal["uniform", "logit-normal"] = "uniform",
+        timesteps: Timesteps = "auto",
         precision: Literal["fp32", "bf16", "fp16"] = "fp32",
     ):
         name = next((n for n in ("unet", "transformer") if getattr(pipeline, n, None) is not None), None)
@@ -95,6 +106,11 @@ class DiffusionPolicy:
         self.pipeline = pipeline
         self.denoiser_name = name
         self.denoiser = getattr(pipeline, name)
+        if carried := adapters_on(self.denoiser):
+            raise ConfigError(
+                f"this {type(pipeline).__name__} already carries the LoRA {carried[0]!r}: to go on from it call "
+                "pipe.fuse_lora() and then pipe.unload_lora_weights(), to begin without it the latter alone"
+            )
         self.adapter = adapter or AdapterConfig()
         self.num_inference_steps = num_inference_steps
         self.trajectory_steps = trajectory_steps or num_inference_steps
@@ -102,16 +118,21 @@ class DiffusionPolicy:
         self.call = dict(call or {})
         self._guidance = GuidanceArgument(pipeline)
         self.guidance_scale = float(self._guidance.default if guidance_scale is None else guidance_scale)
+        self._guidance.arguments(self.guidance_scale)  # which refuses what the model does not know
         self.training_guidance_scale = float(training_guidance_scale)
         self.caption_dropout = caption_dropout
         self.snr_gamma = snr_gamma
         self.error_space = error_space
-        self.timesteps = timesteps
         self.precision = DTYPES[precision]
         self.passes = 0
         self._prompts = PromptRecord(inspect.signature(pipeline.encode_prompt))
         self._schedule = NoiseSchedule(pipeline.scheduler)
-        self._fingerprint = _fingerprint(self.denoiser)
+        self.timesteps = self._training_timesteps() if timesteps == "auto" else timesteps
+        self._visited: torch.Tensor | None = None
+        self._layout: LatentLayout | None = None
+        self._row_by_row = False
+        self._guidance_is_linear = False
+        self._fingerprint = fingerprint(self.denoiser)
         pipeline.set_progress_bar_config(disable=True)
         for component in pipeline.components.values():
             if isinstance(component, torch.nn.Module):
@@ -119,7 +140,27 @@ class DiffusionPolicy:
         self._base: dict[str, torch.Tensor] | None = None
         self._attach()
         self.denoiser.eval()
-        self.denoiser.register_forward_pre_hook(self._count, with_kwargs=True)
+
+    def _training_timesteps(self) -> Timesteps:
+        """Those of sampling where the pipeline says that its model was distilled to a few steps: by its configuration,
+        or by a scheduler that begins at the very end of a schedule which leaves a little signal there, as only such
+        models are sampled."""
+        scheduler, schedule = self.pipeline.scheduler, self._schedule
+        from_the_end = scheduler.config.get("timestep_spacing") == "trailing" and not schedule.flow
+        distilled = (
+            type(scheduler).__name__ in ("LCMScheduler", "TCDScheduler")
+            or self.pipeline.config.get("is_distilled")
+            or self.denoiser.config.get("time_cond_proj_dim")
+            or (from_the_end and schedule.forward.alphas_cumprod[-1] > 1e-3)
+        )
+        if not distilled:
+            return "uniform"
+        logger.info(
+            "%s is distilled to a few steps: it is trained at the timesteps of sampling alone "
+            "(training.timesteps: sampler)",
+            type(self.pipeline).__name__,
+        )
+        return "sampler"
 
     # -- what is trained ------------------------------------------------------------------------------------------
 
@@ -128,19 +169,7 @@ class DiffusionPolicy:
             self._base = {n: p.detach().clone() for n, p in self.denoiser.named_parameters()}
             self.denoiser.float().requires_grad_(True)
             return
-        if not hasattr(self.pipeline, "save_lora_weights"):
-            raise ConfigError(f"{type(self.pipeline).__name__} cannot load a LoRA; train with `adapter.method: full`")
-        self._lora_config = LoraConfig(
-            r=self.adapter.rank,
-            lora_alpha=self.adapter.rank if self.adapter.alpha is None else self.adapter.alpha,
-            lora_dropout=self.adapter.dropout,
-            target_modules=lora_targets(self.denoiser, self.adapter.targets),
-            init_lora_weights="gaussian",
-        )
-        with torch.random.fork_rng(devices=[]):  # the same LoRA initialisation in every process and every run
-            torch.manual_seed(0)
-            self.denoiser.add_adapter(self._lora_config, adapter_name=ADAPTER)
-        cast_training_params(self.denoiser, dtype=torch.float32)
+        self._lora = Lora(self.pipeline, self.denoiser_name, self.adapter)
 
     def parameters(self) -> list[torch.nn.Parameter]:
         return [p for p in self.denoiser.parameters() if p.requires_grad]
@@ -149,11 +178,8 @@ class DiffusionPolicy:
     def reference(self) -> Iterator[None]:
         """The base model: the LoRA switched off or, in full fine-tuning, the first weights put back."""
         if self._base is None:
-            self.denoiser.disable_adapters()
-            try:
+            with self._lora.off():
                 yield
-            finally:
-                self.denoiser.enable_adapters()
             return
         named = dict(self.denoiser.named_parameters())
         trained = {n: p.data for n, p in named.items()}
@@ -166,10 +192,7 @@ class DiffusionPolicy:
                 p.data = trained[n]
 
     def adapter_state(self) -> dict[str, torch.Tensor]:
-        if self._base is not None:
-            state = dict(self.denoiser.named_parameters())
-        else:
-            state = get_peft_model_state_dict(self.denoiser, adapter_name=ADAPTER)
+        state = self._lora.state() if self._base is None else dict(self.denoiser.named_parameters())
         return {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
 
     def load_adapter(self, state: Mapping[str, torch.Tensor]) -> None:
@@ -191,30 +214,55 @@ class DiffusionPolicy:
                 for name, parameter in self.denoiser.named_parameters():
                     parameter.copy_(state[name])
         else:
-            set_peft_model_state_dict(self.denoiser, dict(state), adapter_name=ADAPTER)
+            self._lora.load_state(state)
 
-    def export(self, path: Path) -> None:
-        """Write a LoRA that `pipeline.load_lora_weights(path)` loads; in full fine-tuning, the denoiser's folder."""
+    def export(
+        self,
+        path: Path,
+        metadata: Mapping[str, str] | None = None,
+        *,
+        format: Format = "diffusers",
+        dtype: Dtype = "fp32",
+    ) -> None:
+        """Write what was trained, and load it again to see that it draws the same.
+
+        Args:
+            path: a folder, for the LoRA that `raftdiff.pipelines.lora.load_line` loads; in full fine-tuning, for the
+                folder of the denoiser. In the format `kohya`, a file.
+            metadata: goes into the header of the file, beside what tells its base.
+
+        Raises:
+            ConfigError: there is no such format for what was trained.
+            WeightsError: what was written draws something else.
+        """
         path = Path(path)
         if self._base is not None:
+            if format != "diffusers":
+                raise ConfigError(f"full fine-tuning leaves no LoRA, which the format {format} is for: use diffusers")
             self.denoiser.save_pretrained(path / self.denoiser_name)
+            check_weights(self.denoiser, path / self.denoiser_name)
             return
-        state = get_peft_model_state_dict(self.denoiser, adapter_name=ADAPTER)
-        state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-        metadata = {k: sorted(v) if isinstance(v, set) else v for k, v in self._lora_config.to_dict().items()}
-        self.pipeline.save_lora_weights(
-            path,
-            **{f"{self.denoiser_name}_lora_layers": state, f"{self.denoiser_name}_lora_adapter_metadata": metadata},
-        )
+        self._lora.save(path, metadata or {}, format=format, dtype=DTYPES[dtype])
+        self._lora.check(path, self._drawn)
+
+    def _drawn(self) -> torch.Tensor:
+        """The latents of two pictures after two steps, from fixed seeds."""
+        passes, steps = self.passes, self.num_inference_steps
+        self.num_inference_steps = 2
+        try:
+            samples = self.sample([Prompt(text="")] * 2, [0, 1], guidance_scale=1.0)
+        finally:
+            self.passes, self.num_inference_steps = passes, steps  # which are of the run itself
+        return torch.stack([_latents(sample) for sample in samples])
+
+    def read_adapter(self, folder: Path) -> dict[str, torch.Tensor]:
+        """The `adapter_state` that `export` wrote to a folder."""
+        if self._base is not None:
+            raise ConfigError("full fine-tuning leaves no LoRA to read")
+        return self._lora.read(folder)
 
     def fingerprint(self) -> str:
         return self._fingerprint
-
-    @property
-    def image_size(self) -> int:
-        """Side of the square pictures, in pixels, that the pipeline makes by default."""
-        size = getattr(self.denoiser.config, "sample_size", None) or self.pipeline.default_sample_size
-        return int(size * self.pipeline.vae_scale_factor)
 
     # -- sampling -------------------------------------------------------------------------------------------------
 
@@ -228,20 +276,35 @@ class DiffusionPolicy:
         noise_level: float | None = None,
     ) -> list[Sample]:
         scale = self.guidance_scale if guidance_scale is None else guidance_scale
-        samples: list[Sample] = []
-        for start in range(0, len(prompts), self.batch_size):
-            rows = slice(start, start + self.batch_size)
-            samples += self._sample_batch(prompts[rows], seeds[rows], scale, noise_level)
+        batches = Batches(
+            self.batch_size,
+            "images at once (sampling.batch_size)",
+            "set model.dtype: bf16, model.offload: components, model.vae_tiling or a smaller model.height and width",
+        )
+        samples = batches.run(
+            len(prompts), lambda rows: self._sample_batch(prompts[rows], seeds[rows], scale, noise_level)
+        )
+        self.batch_size = batches.size  # what fits is remembered
         return samples
 
     def _sample_batch(self, prompts, seeds, guidance_scale, noise_level) -> list[Sample]:
+        return by_length(
+            lambda rows: self._sample_rows(
+                [prompts[i] for i in rows], [seeds[i] for i in rows], guidance_scale, noise_level
+            ),
+            list(range(len(prompts))),
+        )
+
+    def _sample_rows(self, prompts, seeds, guidance_scale, noise_level) -> list[Sample]:
         # Noise comes from CPU generators: the same seed is the same noise on every device.
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         recorder = None
         if noise_level is not None:
             self.check_trajectories()
             recorder = TrajectoryRecorder(self._schedule, self.pipeline.scheduler, noise_level, generators)
-        with self._recorded(), self._watched_scheduler(recorder) as last:
+        # Trajectories are made in the arithmetic of training: rounding alone could exceed the clip range of a ratio.
+        arithmetic = self._denoising_in(self.precision if recorder else torch.float32)
+        with self._recorded(), self._watched_scheduler(recorder) as last, arithmetic:
             output = self.pipeline(
                 prompt=[p.text for p in prompts],
                 num_inference_steps=self.num_inference_steps if recorder is None else self.trajectory_steps,
@@ -329,18 +392,47 @@ class DiffusionPolicy:
         prediction = self.predict(x_t, t_B, [s.prompt.text for s in samples])
         [scale] = {w.guidance_scale for w in walks}
         if scale > 1:
+            self._check_guidance(scale, x_t, t_B, samples[0].prompt.text)
             unconditional = self.predict(x_t, t_B, [None] * len(samples))
             prediction = unconditional + scale * (prediction - unconditional)
         mean, deviation = self._schedule.step(prediction, x_t, t_B, next_B, walks[0].noise_level)
         return gaussian_log_prob(after, mean, deviation)
 
+    @property
+    def log_prob_rounding(self) -> float:
+        """How far by rounding alone the ratio of densities may be from 1 right after sampling. Rows are batched
+        otherwise in training, and other batches have other kernels; on a GPU fp32 has the 10 bits of TF32."""
+        kinds = {self.denoiser.dtype, self.precision} | (
+            {torch.float16} if self.denoiser.device.type == "cuda" else set()
+        )
+        return max(1e-5, *(torch.finfo(kind).eps for kind in kinds))
+
     def _noised(self, samples: Sequence[Sample], draw: Draw) -> tuple[torch.Tensor, ...]:
         """x_0, x_t, the timesteps [B], and what the model should predict."""
         device = self.denoiser.device
         x0 = torch.stack([_latents(s) for s in samples]).to(device)
-        t_B = self._schedule.timesteps(draw.quantile_B, self.timesteps).to(device)
+        t_B = self._timesteps(draw.quantile_B).to(device)
         x_t, target = self._schedule.noised(x0, draw.noise.to(device), t_B)
         return x0, x_t, t_B, target
+
+    def _timesteps(self, quantile_B: torch.Tensor) -> torch.Tensor:
+        if self.timesteps != "sampler":
+            return self._schedule.timesteps(quantile_B, self.timesteps)
+        if self._visited is None:
+            self._visited = self._plan()
+        return self._schedule.visited(quantile_B, self._visited)
+
+    @torch.no_grad()
+    def _plan(self) -> torch.Tensor:
+        """The timesteps that sampling visits, which in some families depend on the size of the pictures."""
+        with self._recorded(), planning(self.pipeline) as scheduler:
+            self.pipeline(
+                prompt=[""],
+                num_inference_steps=self.num_inference_steps,
+                generator=torch.Generator(),  # torch's own is left as it is
+                **self._arguments(1, 1.0),
+            )
+        return scheduler.timesteps.cpu()
 
     def _prediction(self, samples: Sequence[Sample], draw: Draw, x_t: torch.Tensor, t_B: torch.Tensor) -> torch.Tensor:
         # A negative prompt says what a picture should not be: dropped prompts are then empty, not negative.
@@ -348,6 +440,7 @@ class DiffusionPolicy:
         texts = [empty if drop else s.prompt.text for s, drop in zip(samples, draw.dropped_B.tolist(), strict=True)]
         prediction = self.predict(x_t, t_B, texts)
         if self.training_guidance_scale > 1:
+            self._check_guidance(self.training_guidance_scale, x_t, t_B, samples[0].prompt.text)
             with torch.no_grad():
                 unconditional = self.predict(x_t, t_B, [None] * len(texts))
             # A row whose prompt was dropped trains the unconditional prediction itself.
@@ -366,23 +459,52 @@ class DiffusionPolicy:
         if self._prompts.negative_by_second_call:
             negative = self.call.get("negative_prompt") or ""
             texts = [negative if text is None else text for text in texts]
+        return torch.stack(
+            by_length(
+                lambda rows: self._rows(x_t[rows], t_B[rows], [texts[i] for i in rows]),
+                list(range(len(texts))),
+            )
+        )
+
+    def _rows(self, x_t: torch.Tensor, t_B: torch.Tensor, texts: Sequence[str | None]) -> torch.Tensor:
+        """The predictions for all rows at once or, where the pipeline makes a number of its timestep, one by one."""
+        if not self._row_by_row:
+            try:
+                return self._one_step(x_t, t_B, texts, 1.0)
+            except torch.OutOfMemoryError:
+                raise
+            except (RuntimeError, TypeError, ValueError):
+                if len(texts) == 1:
+                    raise
+        rows = [self._one_step(x_t[i : i + 1], t_B[i : i + 1], texts[i : i + 1], 1.0) for i in range(len(texts))]
+        if not self._row_by_row:
+            self._row_by_row = True
+            logger.info("%s takes one timestep at a time: training goes row by row", type(self.pipeline).__name__)
+        return torch.cat(rows)
+
+    def _one_step(
+        self, x_t: torch.Tensor, t_B: torch.Tensor, texts: Sequence[str | None], guidance_scale: float
+    ) -> torch.Tensor:
+        """What the pipeline hands to its scheduler for one step from x_t."""
         autocast: AbstractContextManager[Any] = nullcontext()
         if self.precision != torch.float32:
             autocast = torch.autocast(x_t.device.type, self.precision)
         pipeline = self.pipeline
+        call = functools.partial(
+            inspect.unwrap(type(pipeline).__call__),  # below the no_grad that pipelines wear
+            pipeline,
+            prompt=list(texts),
+            num_inference_steps=1,
+            generator=torch.Generator(pipeline._execution_device),  # torch's own is left as it is
+            output_type="latent",
+            **self._arguments(len(texts), guidance_scale),
+        )
         stand_in = OneStep(pipeline.scheduler, t_B)
         scheduler, pipeline.scheduler = pipeline.scheduler, stand_in
         self.denoiser.train(torch.is_grad_enabled())  # LoRA dropout
         try:
-            with self._recorded(), autocast:
-                inspect.unwrap(type(pipeline).__call__)(  # below the no_grad that pipelines wear
-                    pipeline,
-                    prompt=list(texts),
-                    latents=x_t.to(self.denoiser.dtype),
-                    num_inference_steps=1,
-                    output_type="latent",
-                    **self._arguments(len(texts), 1.0),
-                )
+            with self._recorded(), self._starting_from(x_t.to(self.denoiser.dtype)) as latents, autocast:
+                call(**latents)
         finally:
             self.denoiser.eval()
             pipeline.scheduler = scheduler
@@ -390,23 +512,76 @@ class DiffusionPolicy:
         return stand_in.model_output
 
     @torch.no_grad()
+    def _check_guidance(self, scale: float, x_t: torch.Tensor, t_B: torch.Tensor, text: str) -> None:
+        """Raise ConfigError where the pipeline's own guidance is not u + g (c - u), on one row, the first time."""
+        if self._guidance_is_linear:
+            return
+        passes, x_t, t_B = self.passes, x_t[:1], t_B[:1]
+        prompted, unprompted = self.predict(x_t, t_B, [text]).float(), self.predict(x_t, t_B, [None]).float()
+        expected = unprompted + scale * (prompted - unprompted)
+        off = (self._one_step(x_t, t_B, [text], scale).float() - expected).norm() / expected.norm()
+        self.passes = passes  # which count the work of the run itself
+        exact = self.denoiser.dtype == self.precision == torch.float32
+        if off > (0.01 if exact else 0.1):
+            raise ConfigError(
+                f"{type(self.pipeline).__name__} does more to its guided predictions than u + g (c - u): where it can, "
+                "switch that off (model.call: {cfg_normalization: false}, {guidance_rescale: 0}), else set "
+                "training.guidance_scale to 1, and sampling.guidance_scale as well for policy gradients"
+            )
+        self._guidance_is_linear = True
+
+    @torch.no_grad()
     def encode_image(self, prompt: Prompt, image: torch.Tensor) -> Sample:
-        """A user's own picture, uint8 [3, H, W], as a training sample: the mean of the VAE's posterior.
+        """A user's own picture, uint8 [3, H, W], as a training sample: the mean of the VAE's posterior, laid out as the
+        family denoises it.
 
         Raises:
-            ConfigError: this pipeline denoises packed latents, so an image's latents cannot be laid out by the VAE.
+            ConfigError: the pipeline makes pictures of another size, or decodes its latents in a way of its own.
         """
-        vae = self.pipeline.vae
-        if getattr(vae.config, "latent_channels", None) != self.denoiser.config.in_channels:
+        vae, layout = self.pipeline.vae, self._latent_layout()
+        dtype = vae.dtype
+        pixels = image.to(vae.device, layout.dtype).div(127.5).sub(1)[None]
+        if len(layout.decoded_shape) == 4:  # a VAE of videos
+            pixels = pixels[:, :, None]
+        if layout.dtype != dtype:  # some families decode, and so encode, in a finer precision than they keep
+            vae.to(layout.dtype)
+        encoded = vae.encode(pixels)
+        if layout.dtype != dtype:
+            vae.to(dtype)
+        mean = (encoded.latent_dist.mean if hasattr(encoded, "latent_dist") else encoded.latent)[0]
+        if mean.shape != layout.decoded_shape:
             raise ConfigError(
-                f"{type(self.pipeline).__name__} denoises packed latents; mixing in your own images is not possible"
+                f"a picture of {image.shape[-1]}x{image.shape[-2]} pixels is not of the size that this pipeline makes: "
+                "set model.width and model.height"
             )
-        pixels = image.to(vae.device, vae.dtype).div(127.5).sub(1)[None]
-        latents = vae.encode(pixels).latent_dist.mean
-        shift = getattr(vae.config, "shift_factor", None) or 0.0
-        latents = ((latents - shift) * vae.config.scaling_factor).float().cpu()[0]
+        latents = layout.denoised(mean)
         digest = hashlib.sha256(image.numpy().tobytes() + prompt.text.encode()).hexdigest()[:16]
         return Sample(id=f"data-{digest}", prompt=prompt, seed=0, image=image, latents=latents)
+
+    @property
+    def picture_size(self) -> tuple[int, int]:
+        """Height and width in pixels of the pictures that the pipeline makes."""
+        vae = self.pipeline.vae
+        latents = torch.zeros(1, *self._latent_layout().decoded_shape, device=vae.device, dtype=vae.dtype)
+        with torch.no_grad():
+            height, width = vae.decode(latents, return_dict=False)[0].shape[-2:]
+        return height, width
+
+    @torch.no_grad()
+    def _latent_layout(self) -> LatentLayout:
+        if self._layout is None:
+            rows, passes = LatentLayout.ROWS, self.passes
+            numbering = Numbering(self.pipeline.scheduler, torch.ones(1, device=self.pipeline._execution_device))
+            with self._recorded(), decoding(self.pipeline, numbering) as given:
+                self.pipeline(
+                    prompt=[""] * rows,
+                    num_inference_steps=1,
+                    generator=torch.Generator(),  # torch's own is left as it is
+                    **self._arguments(rows, 1.0),
+                )
+            self.passes = passes  # which count the work of the run itself
+            self._layout = LatentLayout(numbering.shape, given[0])
+        return self._layout
 
     # -- watching the pipeline ------------------------------------------------------------------------------------
 
@@ -434,8 +609,47 @@ class DiffusionPolicy:
             del scheduler.step
 
     @contextmanager
+    def _starting_from(self, x_t: torch.Tensor) -> Iterator[dict[str, torch.Tensor]]:
+        """While open, the pipeline denoises `x_t` in place of the noise that it prepares: what it takes as `latents` is
+        not in every family laid out as what it denoises. Gives the argument for those that prepare nothing."""
+        prepare = getattr(self.pipeline, "prepare_latents", None)
+        if prepare is None:
+            yield {"latents": x_t}
+            return
+
+        def prepared(*args, **kwargs):
+            latents = prepare(*args, **kwargs)
+            return (x_t, *latents[1:]) if isinstance(latents, tuple) else x_t
+
+        self.pipeline.prepare_latents = prepared
+        try:
+            yield {}
+        finally:
+            del self.pipeline.prepare_latents
+
+    @contextmanager
+    def _denoising_in(self, precision: torch.dtype) -> Iterator[None]:
+        """While open, the denoiser's arithmetic is autocast to `precision`, and that of the other parts is not."""
+        if precision == torch.float32:
+            yield
+            return
+        forward = self.denoiser.forward
+
+        @functools.wraps(forward)
+        def cast_forward(*args, **kwargs):
+            with torch.autocast(self.denoiser.device.type, precision):
+                return forward(*args, **kwargs)
+
+        self.denoiser.forward = cast_forward
+        try:
+            yield
+        finally:
+            del self.denoiser.forward
+
+    @contextmanager
     def _recorded(self) -> Iterator[None]:
-        """While open, `encode_prompt` answers from the record."""
+        """While open, `encode_prompt` answers from the record and the rows through the denoiser are counted."""
+        counting = self.denoiser.register_forward_pre_hook(self._count, with_kwargs=True)
         self.pipeline.encode_prompt = functools.partial(
             self._prompts.replay, self.pipeline.encode_prompt, self.pipeline._execution_device
         )
@@ -443,6 +657,7 @@ class DiffusionPolicy:
             yield
         finally:
             del self.pipeline.encode_prompt
+            counting.remove()
 
 
 def _latents(sample: Sample) -> torch.Tensor:
@@ -465,12 +680,3 @@ def _flaw(image: torch.Tensor, latents: torch.Tensor, unsafe: bool) -> str | Non
     if int(image.max()) <= BLACK:
         return "black image"
     return None
-
-
-def _fingerprint(denoiser: torch.nn.Module) -> str:
-    """A hash of every weight's name and shape and of some of its values: reading all of a large model is slow."""
-    digest = hashlib.sha256()
-    for name, parameter in denoiser.named_parameters():
-        values = parameter.detach().flatten()[:: max(1, parameter.numel() // 16)][:16].float().cpu()
-        digest.update(f"{name}{list(parameter.shape)}".encode() + values.numpy().tobytes())
-    return digest.hexdigest()[:16]

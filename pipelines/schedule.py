@@ -34,6 +34,13 @@ class NoiseSchedule:
             return quantile_B.clamp(1e-3, 1.0) * self.steps
         return (quantile_B * self.steps).long().clamp(max=self.steps - 1)
 
+    def visited(self, quantile_B: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """Quantiles in [0, 1) to the timesteps that a sampler visits, in rising order, each as likely; whole ones for
+        discrete schedules."""
+        grid = timesteps.unique()
+        t_B = grid[(quantile_B * len(grid)).long().clamp(max=len(grid) - 1)]
+        return t_B if self.flow else t_B.round().long()
+
     def noised(self, x0, noise, t_B) -> tuple[torch.Tensor, torch.Tensor]:
         if self.flow:
             t = _like(t_B / self.steps, x0)

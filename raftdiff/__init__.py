@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .config import RunConfig as RunConfig
     from .errors import RaftdiffError as RaftdiffError
     from .pipelines.diffusion import DiffusionPolicy as DiffusionPolicy
+    from .pipelines.loading import load_lora as load_lora
     from .protocols import Algorithm as Algorithm
     from .protocols import Policy as Policy
     from .protocols import Reward as Reward
@@ -44,6 +45,7 @@ _MODULES = {
     "Sample": "types",
     "Scored": "types",
     "align": "build",
+    "load_lora": "pipelines.loading",
     "run_rounds": "rounds",
 }
 __all__ = ["__version__", *_MODULES]

@@ -8,9 +8,10 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_origin, get_type_hints
 
 from accelerate import Accelerator
+from pydantic import TypeAdapter, ValidationError
 
 from .config import RewardConfig, RunConfig, parse_config
 from .data import load_pictures, load_preferences
@@ -20,7 +21,8 @@ from .protocols import Algorithm, Reward
 from .registry import ALGORITHMS, REWARDS, nearest
 from .rounds import Display, Quiet, Result, Run, run_rounds
 from .scoring import WeightedReward
-from .types import Example, Prompt
+from .sharding import shard, sharded
+from .types import Example, Prompt, Sample
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +33,7 @@ def align(
     reward: str | Callable | Reward | Mapping[str, float] = "clip",
     *,
     rounds: int = 4,
+    prompts_per_round: int | None = None,
     held_out: str | Path | Sequence[str] | None = None,
     judge: Sequence[str | Callable | Reward] = (),
     name: str = "align",
@@ -38,7 +41,8 @@ def align(
     display: Display | None = None,
     **settings: Any,
 ) -> Result:
-    """Align a diffusers pipeline with a reward, in place: afterwards its denoiser carries the trained LoRA.
+    """Align a diffusers pipeline with a reward, in place: afterwards its denoiser carries the trained LoRA. That of an
+    earlier call is taken off first; to go on from it, `pipeline.fuse_lora()` and `pipeline.unload_lora_weights()`.
 
         result = align(pipe, ["a red circle", ...], reward="clip", rounds=4)
         fresh_pipe.load_lora_weights(result.lora_path)
@@ -48,6 +52,7 @@ def align(
         prompts: a list, a file, or a source such as `shapes:bare/24`.
         reward: a registered name, a callable `f(images, prompts) -> scores` over PIL images, a Reward, or a mapping
             of registered names to weights.
+        prompts_per_round: prompts in a round; all if absent.
         held_out: prompts for the evaluation; the training prompts, with other seeds, if absent.
         judge: rewards that are measured and never trained on.
         name: the run's folder inside `output` (`runs` if not set); `resume=True` goes on with it.
@@ -70,7 +75,7 @@ def align(
     plain = {
         "name": name,
         "rounds": rounds,
-        "prompts": {"source": _source(prompts)} | settings.pop("prompts_settings", {}),
+        "prompts": {"source": _source(prompts), "per_round": prompts_per_round},
         "rewards": [r.model_dump() for r in trained],
         "evaluation": {
             "prompts": None if held_out is None else _source(held_out),
@@ -81,6 +86,10 @@ def align(
         | settings.pop("model", {}),
     }
     config = parse_config(plain | settings, where="align()")
+    from .pipelines.lora import take_off
+
+    if take_off(pipeline):
+        logger.info("the LoRA of an earlier run was taken off the pipeline: every run begins at the base model")
     run = build(config, pipeline=pipeline, rewards=objects, display=display)
     return run_rounds(run, resume=resume)
 
@@ -131,14 +140,19 @@ def build(
     accelerator = build_accelerator(config)
     check_needs(algorithm, config.algorithm.name, DiffusionPolicy)
     device = str(accelerator.device)
-    pipeline = load_pipeline(config.model, device) if pipeline is None else pipeline
+    split = sharded(accelerator)
+    place = "cpu" if split else device  # what does not fit on the device is split from the CPU
+    pipeline = load_pipeline(config.model, place) if pipeline is None else pipeline
     policy = build_policy(config, pipeline)
     if algorithm.noise_level is not None:
         policy.check_trajectories()
     teacher = None
     if config.algorithm.teacher:
         model = config.model.model_copy(update={"path": config.algorithm.teacher, "revision": None, "variant": None})
-        teacher = build_policy(config, load_pipeline(model, device))
+        teacher = build_policy(config, load_pipeline(model, place))
+    if split:
+        for made in filter(None, (policy, teacher)):
+            shard(made, accelerator)
     make = partial(build_reward, device=device, live=live, allow_code=allow_code)
     return Run(
         config=config,
@@ -159,11 +173,13 @@ def build(
 
 def _load_line(config: RunConfig, policy: Any) -> str:
     """The Python that puts the result on a pipeline."""
+    from .pipelines.lora import load_line
+
     lora = config.folder / "lora"
-    if config.adapter.method == "lora":
-        return f"pipe.load_lora_weights({str(lora)!r})"
     name = policy.denoiser_name
-    return f"pipe.{name} = {type(policy.denoiser).__name__}.from_pretrained({str(lora / name)!r})"
+    if config.adapter.method == "lora":
+        return load_line(policy.pipeline, name, str(lora))
+    return f"pipe.{name} = {type(policy.denoiser).__name__}.from_pretrained({str(lora)!r}, subfolder={name!r})"
 
 
 def build_algorithm(config: RunConfig, *, allow_code: bool = False) -> Algorithm:
@@ -176,11 +192,23 @@ def build_algorithm(config: RunConfig, *, allow_code: bool = False) -> Algorithm
                 f"algorithm.options: {config.algorithm.name} has no option {name!r}{nearest(name, names)} "
                 f"(it has {', '.join(names)})"
             )
-    algorithm = kind(**config.algorithm.options)
+    hints = get_type_hints(kind)
+    algorithm = kind(**{name: _typed(name, value, hints[name]) for name, value in config.algorithm.options.items()})
     algorithm.validate(config)
     if not algorithm.samples and config.data is None:
         raise ConfigError(f"algorithm {config.algorithm.name} trains on your own data alone: set data.path")
     return algorithm
+
+
+def _typed(name: str, value: Any, hint: Any) -> Any:
+    """An option of an algorithm as the type of its field: to YAML `1e3` is text. A choice is left to the algorithm,
+    which knows what is like it."""
+    if get_origin(hint) is Literal:
+        return value
+    try:
+        return TypeAdapter(hint).validate_python(value)
+    except ValidationError as error:
+        raise ConfigError(f"algorithm.options.{name}: {error.errors()[0]['msg']}, found {value!r}") from None
 
 
 def check_needs(algorithm: Algorithm, name: str, policy: type) -> None:
@@ -210,12 +238,14 @@ def default_device() -> str:
 def build_policy(config: RunConfig, pipeline: Any) -> Any:
     """The pipeline as a policy, with the settings of the run."""
     from .pipelines.diffusion import DiffusionPolicy
+    from .pipelines.loading import compile_denoiser, configure
 
     sampling, training, model = config.sampling, config.training, config.model
     call = dict(model.call)
     fixed = {"height": model.height, "width": model.width, "negative_prompt": model.negative_prompt}
     call |= {name: value for name, value in fixed.items() if value is not None}
-    return DiffusionPolicy(
+    configure(pipeline, model)
+    policy = DiffusionPolicy(
         pipeline,
         config.adapter,
         num_inference_steps=sampling.num_inference_steps,
@@ -230,6 +260,9 @@ def build_policy(config: RunConfig, pipeline: Any) -> Any:
         timesteps=training.timesteps,
         precision=training.precision,
     )
+    if model.compile:
+        compile_denoiser(policy.denoiser)
+    return policy
 
 
 def build_reward(
@@ -277,20 +310,18 @@ class _Labelled:
 def _own_data(config: RunConfig, policy: Any, algorithm: Algorithm) -> list[Example]:
     if config.data is None:
         return []
-    height = policy.call.get("height") or policy.image_size
-    width = policy.call.get("width") or policy.image_size
+    height, width = policy.picture_size
     path, size = config.data.path, {"height": height, "width": width}
+
+    def encoded(text: str, image: Any) -> Sample:
+        sample = policy.encode_image(Prompt(text=text), image)
+        # Training needs the latents alone, and the pixels of many pictures would fill the memory.
+        return sample if algorithm.scores_data else dataclasses.replace(sample, image=None)
+
     if algorithm.pairs:
-        return [
-            Example(
-                sample=policy.encode_image(Prompt(text=text), chosen),
-                rejected=policy.encode_image(Prompt(text=text), rejected),
-            )
-            for text, chosen, rejected in load_preferences(path, **size)
-        ]
-    return [
-        Example(sample=policy.encode_image(Prompt(text=text), image)) for text, image in load_pictures(path, **size)
-    ]
+        pairs = load_preferences(path, **size)
+        return [Example(sample=encoded(text, a), rejected=encoded(text, b)) for text, a, b in pairs]
+    return [Example(sample=encoded(text, image)) for text, image in load_pictures(path, **size)]
 
 
 def build_tracker(config: RunConfig, accelerator: Accelerator) -> Callable[[int, Mapping[str, float]], None]:

@@ -42,7 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     known, rest = parser.parse_known_args(arguments)
     if rest and not getattr(known, "takes_settings", False):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    _quiet_libraries()
+    if known.run is not _doctor:  # which runs where a library cannot be imported
+        _quiet_libraries()
     from .interrupts import Interrupted
 
     try:
@@ -89,6 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     def configuration(sub: argparse.ArgumentParser) -> None:
         sub.add_argument("--preset", help=f"start from a preset: {', '.join(presets())}")
         sub.add_argument("--allow-code", action="store_true", help="allow `module:Class` names in the configuration")
+        sub.set_defaults(flags="[--allow-code]")
 
     demo = command("demo", _demo, "align the embedded model with aesthetic + CLIP, offline, in minutes")
     demo.add_argument("--output", default="runs", help="where the run folder is made (default: runs)")
@@ -99,6 +101,10 @@ def _parser() -> argparse.ArgumentParser:
     resume.add_argument("folder", type=Path, help="the run folder")
     resume.add_argument("--rounds", type=int, help="rounds in all, if there shall be more than before")
     resume.add_argument("--allow-code", action="store_true", help="allow `module:Class` names in the configuration")
+    plan = command("plan", _plan, "say what a run will do and take: raftdiff plan run.yaml", settings=True)
+    configuration(plan)
+    plan.add_argument("--no-probe", action="store_true", help="count only: load no weights and measure nothing")
+    plan.set_defaults(flags="[--no-probe] [--allow-code]")
     configuration(command("show-config", _show_config, "print a configuration with every default", settings=True))
 
     sample = command("sample", _sample, "draw images with a model, and a LoRA if you like")
@@ -127,10 +133,21 @@ def _parser() -> argparse.ArgumentParser:
     report = command("report", _report, "make a run's report.html again")
     report.add_argument("folder", type=Path, help="the run folder")
     report.add_argument("--allow-code", action="store_true", help="allow `module:Class` names in the configuration")
+    export = command("export", _export, "write a finished LoRA for ComfyUI, in another precision, or to the hub")
+    export.add_argument("folder", type=Path, help="the run folder")
+    export.add_argument(
+        "--format", choices=["diffusers", "kohya"], default="diffusers", help="kohya: one file for ComfyUI and web UIs"
+    )
+    export.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], default="fp32", help="of its weights")
+    export.add_argument("--output", type=Path, help="a file (kohya) or a new folder; in the run folder if absent")
+    export.add_argument("--push-to-hub", metavar="USER/NAME", help="upload it, with its card, to the Hugging Face hub")
+    export.add_argument("--private", action="store_true", help="make the repository private if it is new")
     compare = command("compare", _compare, "run several methods at an equal budget and compare what comes out")
     compare.add_argument("file", type=Path, help="what to compare (docs/compare.md)")
     compare.add_argument("--allow-code", action="store_true", help="allow `module:Class` names in the configuration")
     command("list", _list, "list rewards, algorithms, policies and presets")
+    doctor = command("doctor", _doctor, "say what is installed, what this machine has, and what will not work")
+    doctor.add_argument("--json", action="store_true", help="print it as JSON, for a bug report")
 
     shapes = commands.add_parser("shapes", help="the embedded world and its model").add_subparsers(
         dest="shapes_command", required=True, metavar="COMMAND"
@@ -162,7 +179,7 @@ def _configured(known: argparse.Namespace, settings: Sequence[str]) -> RunConfig
     try:
         chosen = tyro.cli(
             RunConfig,
-            prog=f"raftdiff {known.command} [run.yaml | --preset NAME] [--allow-code]",
+            prog=f"raftdiff {known.command} [run.yaml | --preset NAME] {known.flags}",
             description=f"Presets: {', '.join(presets())}.",
             args=list(settings),
             default=start,
@@ -220,7 +237,7 @@ def _embedded_pipeline() -> Path:
 def _train(known: argparse.Namespace, settings: Sequence[str]) -> None:
     config = _configured(known, settings)
     result = _run(config, allow_code=known.allow_code)
-    console.print(f"load it  pipe.load_lora_weights({str(result.lora_path)!r})", highlight=False, markup=False)
+    console.print(f"load it  {result.load_line}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _resume(known: argparse.Namespace, settings: Sequence[str]) -> None:
@@ -238,6 +255,18 @@ def _run_config(folder: Path) -> RunConfig:
     if folder.resolve() == config.folder.resolve():
         return config
     return config.model_copy(update={"output": str(folder.resolve().parent), "name": folder.resolve().name})
+
+
+def _plan(known: argparse.Namespace, settings: Sequence[str]) -> None:
+    from .plan import lines, plan, table
+
+    config = _configured(known, settings)
+    with console.status("counting" if known.no_probe else f"loading {config.model.path} and its rewards, then a probe"):
+        planned = plan(config, probing=not known.no_probe, allow_code=known.allow_code)
+    console.print(table(planned))
+    console.print()
+    for line in lines(planned):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def _show_config(known: argparse.Namespace, settings: Sequence[str]) -> None:
@@ -348,6 +377,20 @@ def _report(known: argparse.Namespace, settings: Sequence[str]) -> None:
     console.print(f"report  {rewrite_report(run)}", highlight=False, markup=False)
 
 
+def _export(known: argparse.Namespace, settings: Sequence[str]) -> None:
+    from .export import export_run, finished_lora, push_to_hub
+
+    config = _run_config(known.folder)
+    folder = path = finished_lora(config)
+    if (known.format, known.dtype, known.output) != ("diffusers", "fp32", None):  # which the run itself has written
+        path = export_run(config, format=known.format, dtype=known.dtype, output=known.output)
+    console.print(f"LoRA    {path}", highlight=False, markup=False, soft_wrap=True)
+    if known.push_to_hub:
+        files = [path] if path.is_file() else []
+        address = push_to_hub(folder if files else path, known.push_to_hub, private=known.private, files=files)
+        console.print(f"pushed  {address}", highlight=False, markup=False, soft_wrap=True)
+
+
 def _compare(known: argparse.Namespace, settings: Sequence[str]) -> None:
     from .build import build
     from .compare import compare, load_compare, table
@@ -380,6 +423,22 @@ def _list(known: argparse.Namespace, settings: Sequence[str]) -> None:
         first = (PRESETS / f"{name}.yaml").read_text(encoding="utf-8").split("\n", 1)[0]
         table.add_row(name, first.removeprefix("# "))
     console.print(table)
+
+
+def _doctor(known: argparse.Namespace, settings: Sequence[str]) -> None:
+    from . import doctor
+
+    facts = doctor.collect()
+    found = doctor.findings(facts)
+    if known.json:
+        print(doctor.as_json(facts, found))
+    else:
+        console.print(doctor.table(facts))
+        for finding in found:
+            text = f"\n{finding.level}: {finding.what}\n  fix: {finding.fix}"
+            console.print(text, highlight=False, markup=False, soft_wrap=True)
+    if failed := sum(finding.level == "fail" for finding in found):
+        raise RaftdiffError(f"{failed} of these will not work; apply the fixes above and run the doctor again")
 
 
 def _shapes_train(known: argparse.Namespace, settings: Sequence[str]) -> None:

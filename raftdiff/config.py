@@ -17,6 +17,7 @@ from .registry import nearest
 PRESETS = resources.files("raftdiff") / "presets"
 
 Dtype = Literal["fp32", "bf16", "fp16"]
+Timesteps = Literal["auto", "uniform", "logit-normal", "sampler"]
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Part = Annotated[float, Field(ge=0, lt=1)]
@@ -49,10 +50,21 @@ class ModelConfig(Settings):
     """Negative prompt, for sampling, training and evaluation alike."""
     call: dict[str, Any] = {}
     """Further arguments for the pipeline's `__call__`, such as `clip_skip: 2`."""
-    attention: Literal["sdpa", "xformers"] = "sdpa"
-    """Attention kernels: torch's own, or xformers (CUDA only)."""
+    attention: Literal["sdpa", "xformers", "flash"] = "sdpa"
+    """Attention kernels: torch's own, xformers, or flash-attn; the last two need an NVIDIA GPU and a model that has a
+    way for them (docs/memory.md)."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time in training."""
+    offload: Literal["none", "components"] = "none"
+    """`components` keeps all but the denoiser in main memory, layer by layer on the GPU only while they compute: text
+    encoders when a prompt is seen for the first time, the VAE when pictures are decoded."""
+    vae_slicing: bool = False
+    """Decode a batch picture by picture: less memory, the same pictures."""
+    vae_tiling: bool = False
+    """Decode large pictures in tiles: less memory, slightly other pictures where tiles meet."""
+    compile: bool = False
+    """Compile the denoiser's blocks with torch.compile: faster after minutes of compiling. Needs a C++ compiler on the
+    CPU, Triton on a GPU."""
 
 
 class AdapterConfig(Settings):
@@ -86,6 +98,8 @@ class SamplingConfig(Settings):
 class TrainingConfig(Settings):
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
     """Peak learning rate of AdamW."""
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    """AdamW, or AdamW with moments of 8 bits (bitsandbytes): 2 bytes a trained parameter in place of 8."""
     epochs: Positive = 1
     """Passes over the round's training set; used where `steps` is absent."""
     steps: Positive | None = None
@@ -117,8 +131,11 @@ class TrainingConfig(Settings):
     error_space: Literal["prediction", "noise"] = "prediction"
     """What the denoising error is measured in: the model's own prediction, or the noise that the prediction stands for,
     the `exact` weights of Diffusion-DPO for v-prediction and flow matching. For eps-prediction both are the same."""
-    timesteps: Literal["uniform", "logit-normal"] = "uniform"
-    """Distribution of training timesteps; flow-matching models are usually trained with logit-normal."""
+    timesteps: Timesteps = "auto"
+    """Distribution of training timesteps; flow-matching models are usually trained with logit-normal. `sampler` takes
+    those that sampling visits, each as often: the plain error at others would undo the distillation of a model to a few
+    steps. `auto` is `sampler` where the pipeline says that its model is distilled, and `uniform` otherwise; FLUX.1
+    schnell and Z-Image-Turbo do not say it: docs/models.md."""
     ema_decay: Share = 0.0
     """Decay of a moving average of the adapter that is sampled, evaluated and exported in place of the last
     iterate; 0 for none."""
@@ -149,7 +166,7 @@ class DataConfig(Settings):
     path: str
     """Your own images with captions: a folder with metadata.jsonl (`file_name`, `text`) or a parquet file
     (`image`, `text`). For DPO, preferences: a parquet file like Pick-a-Pic's (`caption`, `jpg_0`, `jpg_1`, `label_0`)
-    or a folder with metadata.jsonl (`chosen`, `rejected`, `text`)."""
+    or a folder with metadata.jsonl (`chosen`, `rejected`, `text`). Either parquet may be a folder of such files."""
     share: Part = 0.25
     """Share of each round's training set that comes from there; algorithms that train on it alone (`sft`, offline
     `dpo`) take all of it, and ReST selects from it as from its own samples."""
@@ -228,6 +245,13 @@ class RunConfig(Settings):
                 raise ValueError(f"rewards: two rewards are called {label!r}; give one of them a `label`")
         if self.data and self.algorithm.replay + self.data.share >= 1:
             raise ValueError("algorithm.replay and data.share must leave room for the round's own samples: below 1")
+        if self.model.attention == "flash" and self.adapter.method == "full":
+            raise ValueError("model.attention: flash computes in 16 bits, and adapter.method: full trains in fp32")
+        if self.training.snr_gamma is not None and self.training.error_space == "noise":
+            raise ValueError(
+                "training.snr_gamma weighs every model's error as one of the noise already: leave out "
+                "training.error_space"
+            )
         if self.model.device == "cpu" and "fp16" in (self.model.dtype, self.training.precision):
             raise ValueError("fp16 needs a GPU: set model.dtype and training.precision to bf16 or fp32 for the CPU")
         return self
@@ -329,13 +353,16 @@ IDENTITY = (
     "evaluation.seeds_per_prompt",
     "evaluation.rewards",
     "evaluation.guidance_scales",
+    "training.optimizer",
 )
-_FREE = ("model.device", "model.attention", "model.gradient_checkpointing")
+FREE = tuple(
+    f"model.{n}" for n in ("device", "attention", "gradient_checkpointing", "offload", "vae_slicing", "compile")
+)
 
 
 def is_identity(key: str) -> bool:
     """Whether a run that resumes must not change this dotted key."""
-    if key in _FREE:
+    if key in FREE:
         return False
     return any(key == fixed or key.startswith(f"{fixed}.") for fixed in IDENTITY)
 

@@ -7,6 +7,7 @@ import json
 import zlib
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -29,14 +30,14 @@ Picture = Callable[[str], bytes]
 def load_pictures(path: str | Path, *, height: int, width: int) -> Iterator[tuple[str, torch.Tensor]]:
     """Captions and pictures, uint8 [3, height, width]: scaled to cover that size, then cropped around the center.
 
-    A folder has a metadata.jsonl with `file_name` and `text` (or `caption`, `prompt`) on each line; a parquet file
-    has a column `image` (bytes, or the struct of Hugging Face datasets) and one of these.
+    A folder has a metadata.jsonl with `file_name` and `text` (or `caption`, `prompt`) on each line; a parquet file,
+    or each of a folder of them, has a column `image` (bytes, or the struct of Hugging Face datasets) and one of these.
 
     Raises:
         DataError: with the file and the line or row.
     """
     path = Path(path)
-    column = "file_name" if path.is_dir() else "image"
+    column = "file_name" if (path / "metadata.jsonl").is_file() else "image"
     for where, row, picture in _rows(path):
         yield _caption(where, row), _fitted(where, picture(column), height, width)
 
@@ -44,9 +45,10 @@ def load_pictures(path: str | Path, *, height: int, width: int) -> Iterator[tupl
 def load_preferences(path: str | Path, *, height: int, width: int) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
     """Captions with the preferred and the other picture, both uint8 [3, height, width], fitted as by `load_pictures`.
 
-    A parquet file has the columns of Pick-a-Pic: `caption`, `jpg_0`, `jpg_1` (bytes) and `label_0`: 1 where the first
-    is preferred, 0 where the second is, 0.5 for a tie, which is left out. A folder has a metadata.jsonl with `chosen`
-    and `rejected` (file names) and `text` on each line. Either form may stand in either place.
+    A parquet file, or each of a folder of them, has the columns of Pick-a-Pic: `caption`, `jpg_0`, `jpg_1` (bytes) and
+    `label_0`: 1 where the first is preferred, 0 where the second is, 0.5 for a tie, which is left out. A folder of
+    pictures has a metadata.jsonl with `chosen` and `rejected` (file names) and `text` on each line. Either form may
+    stand in either place.
 
     Raises:
         DataError: with the file and the line or row, or where nothing but ties is there.
@@ -66,11 +68,14 @@ def _preferred_first(where: str, row: dict) -> tuple[str, str] | None:
     """The columns of the preferred and of the other picture; None for a tie."""
     if {"chosen", "rejected"} <= row.keys():
         return "chosen", "rejected"
-    label = row.get("label_0")
-    if not {"jpg_0", "jpg_1"} <= row.keys() or label not in (0, 0.5, 1):
+    missing = sorted({"jpg_0", "jpg_1", "label_0"} - row.keys())
+    if missing:
         raise DataError(
-            f"{where}: no preference; give `jpg_0`, `jpg_1` and a `label_0` of 0, 0.5 or 1, or `chosen` and `rejected`"
+            f"{where}: no {missing[0]}; a preference has `jpg_0`, `jpg_1` and `label_0`, or `chosen` and `rejected`"
         )
+    label = row["label_0"]
+    if label not in (0, 0.5, 1):
+        raise DataError(f"{where}: label_0 is {label!r}; 1 prefers jpg_0, 0 prefers jpg_1, and 0.5 is a tie")
     return None if label == 0.5 else ("jpg_0", "jpg_1") if label else ("jpg_1", "jpg_0")
 
 
@@ -92,7 +97,8 @@ def read_folder(path: Path) -> tuple[list[Sample], list[str]]:
 def _rows(path: Path) -> Iterator[tuple[str, dict, Picture]]:
     """Where a row stands, the row, and its pictures by column."""
     if path.is_dir():
-        return _folder(path)
+        shards = [] if (path / "metadata.jsonl").exists() else sorted(path.glob("*.parquet"))
+        return chain.from_iterable(map(_parquet, shards)) if shards else _folder(path)
     if path.suffix == ".parquet" and path.is_file():
         return _parquet(path)
     raise DataError(f"{path}: give a folder with metadata.jsonl, or a .parquet file")
@@ -101,7 +107,10 @@ def _rows(path: Path) -> Iterator[tuple[str, dict, Picture]]:
 def _folder(path: Path) -> Iterator[tuple[str, dict, Picture]]:
     metadata = path / "metadata.jsonl"
     if not metadata.is_file():
-        raise DataError(f'{metadata}: no such file; it has a line {{"file_name": "1.png", "text": "..."}} per picture')
+        raise DataError(
+            f'{metadata}: no such file; it has a line {{"file_name": "1.png", "text": "..."}} per picture, or '
+            '{"chosen": "1.png", "rejected": "2.png", "text": "..."} per preference'
+        )
     try:
         lines = metadata.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:

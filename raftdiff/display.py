@@ -57,7 +57,9 @@ class Terminal:
                 f"{report.scored} scored, {report.failed} failed, {report.skipped} skipped, {report.selected} selected"
             )
         if report.training.get("steps"):
-            parts.append(f"{report.training['steps']:.0f} steps, loss {report.training['loss']:.4f}")
+            logged = [name for name in ("loss", "accuracy") if name in report.training]
+            numbers = [f"{name} {report.training[name]:.4f}" for name in logged]
+            parts.append(", ".join([f"{report.training['steps']:.0f} steps", *numbers]))
         for evaluation in report.evaluations[:1]:
             parts += [f"{name} {interval.mean:.3g}" for name, interval in evaluation.metrics.items()]
         parts.append(f"{sum(cost.seconds for cost in report.ledger):.0f} s")

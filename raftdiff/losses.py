@@ -41,7 +41,8 @@ def preference(
 
         sigmoid:  -log sigmoid(beta h)
         cdpo:     -(1 - e) log sigmoid(beta h) - e log sigmoid(-beta h), e the label smoothing
-        ipo:      (h - 1 / (2 beta))^2, arXiv 2310.12036
+        ipo:      (beta h - 1/2)^2, which is beta^2 times that of arXiv 2310.12036, (h - 1 / (2 beta))^2: the same
+                  optimum, on the scale of the others
 
     Args:
         chosen_B, rejected_B: errors of the policy [B], with gradients.
@@ -49,20 +50,26 @@ def preference(
         beta: in units of one over the error's.
 
     Returns:
-        The losses [B]; `accuracy` (how often h > 0, a tie half), `margin` (beta h) and the errors of both sides.
+        The losses [B]; `accuracy` (how often h > 0, a tie half), `margin` (beta h), the implicit rewards that it is
+        the difference of (beta (reference - error)), and the errors of both sides.
     """
-    h_B = (reference_chosen_B - chosen_B) - (reference_rejected_B - rejected_B)
+    chosen_reward_B = beta * (reference_chosen_B - chosen_B)
+    rejected_reward_B = beta * (reference_rejected_B - rejected_B)
+    margin_B = chosen_reward_B - rejected_reward_B
     if kind == "ipo":
-        loss_B = (h_B - 1 / (2 * beta)).square()
+        loss_B = (margin_B - 0.5).square()
     else:
         smoothing = label_smoothing if kind == "cdpo" else 0.0
-        loss_B = -(1 - smoothing) * logsigmoid(beta * h_B) - smoothing * logsigmoid(-beta * h_B)
-    return loss_B, {
-        "accuracy": ((h_B.detach().sign() + 1) / 2),
-        "margin": beta * h_B.detach(),
-        "chosen_error": chosen_B.detach(),
-        "rejected_error": rejected_B.detach(),
+        loss_B = -(1 - smoothing) * logsigmoid(margin_B) - smoothing * logsigmoid(-margin_B)
+    metrics = {
+        "accuracy": (margin_B.sign() + 1) / 2,
+        "margin": margin_B,
+        "chosen_reward": chosen_reward_B,
+        "rejected_reward": rejected_reward_B,
+        "chosen_error": chosen_B,
+        "rejected_error": rejected_B,
     }
+    return loss_B, {name: value_B.detach() for name, value_B in metrics.items()}
 
 
 def clipped_ratio(
@@ -86,4 +93,46 @@ def kl_estimate(log_prob_B: torch.Tensor, reference_log_prob_B: torch.Tensor) ->
     """An estimate of KL(policy || reference) from the policy's own samples that is never negative, with gradients
     [B]: exp(d) - 1 - d for d = log p_reference - log p (Schulman's k3)."""
     d_B = reference_log_prob_B - log_prob_B
-    return d_B.exp() - 1 - d_B
+    return torch.expm1(d_B) - d_B  # d may be far below the rounding of 1
+
+
+def forward_process(
+    x0: torch.Tensor,
+    predicted_x0: torch.Tensor,
+    old_x0: torch.Tensor,
+    advantage_B: torch.Tensor,
+    *,
+    beta: float,
+    max_advantage: float,
+) -> tuple[torch.Tensor, Metrics]:
+    """DiffusionNFT (arXiv 2509.16117): move the prediction towards good samples, and its mirror image in the sampling
+    policy's prediction towards bad ones.
+
+        A / beta * (rho |x_plus - x_0|^2 / w_plus + (1 - rho) |x_minus - x_0|^2 / w_minus)
+        x_plus, x_minus = x_old + beta (x_hat - x_old), x_old - beta (x_hat - x_old)
+        rho = clamp(advantage / (2 A) + 1/2, 0, 1),   w = mean |x_plus - x_0|, a constant
+
+    Args:
+        x0: the clean latents [B, ...].
+        predicted_x0, old_x0: what the policy, with gradients, and the sampling policy take the noised ones for.
+        max_advantage: A.
+
+    Returns:
+        The losses [B]; `positive_error` and `negative_error`, the weighted errors before rho; `moved`, the mean square
+        of x_hat - x_old.
+    """
+    change = predicted_x0 - old_x0
+    positive_B, negative_B = (_relative_error(old_x0 + sign * beta * change - x0) for sign in (1, -1))
+    rho_B = (advantage_B / (2 * max_advantage) + 0.5).clamp(0, 1)
+    loss_B = max_advantage / beta * (rho_B * positive_B + (1 - rho_B) * negative_B)
+    return loss_B, {
+        "positive_error": positive_B.detach(),
+        "negative_error": negative_B.detach(),
+        "moved": change.detach().square().flatten(1).mean(1),
+    }
+
+
+def _relative_error(difference: torch.Tensor) -> torch.Tensor:
+    """The mean square by the mean absolute value, of which no gradient is taken, [B]."""
+    size_B = difference.detach().abs().flatten(1).mean(1).clamp(min=1e-5)
+    return difference.square().flatten(1).mean(1) / size_B

@@ -63,8 +63,9 @@ class Policy(Protocol):
         """Put back what `adapter_state` gave. Raises WeightsError on missing or unexpected names and shapes."""
         ...
 
-    def export(self, path: Path) -> None:
-        """Write the adapter to the folder `path` in the format that the model's own library loads in one line."""
+    def export(self, path: Path, metadata: Mapping[str, str] | None = None) -> None:
+        """Write the adapter to the folder `path` in the format that the model's own library loads in one line, with
+        `metadata` where the format has room for it. Raises WeightsError where what was written is not the adapter."""
         ...
 
     def fingerprint(self) -> str:
@@ -87,6 +88,9 @@ class Reward(Protocol):
 
 class GivesLogProb(Protocol):
     """A policy whose trajectories have a likelihood: what policy gradients need."""
+
+    log_prob_rounding: float
+    """How far, by rounding alone, the ratio of densities may be from 1 right after sampling."""
 
     def log_prob(self, samples: Sequence[Sample], steps: Sequence[int]) -> torch.Tensor:
         """Log-density of one step of each sample's trajectory, float32 [B], with gradients: the mean over the latent

@@ -135,7 +135,19 @@ REWARDS = Registry(
     },
     entry_point_group="raftdiff.rewards",
 )
-ALGORITHMS = Registry("algorithm", {"raft": "raftdiff.algorithms.raft:Raft"}, entry_point_group="raftdiff.algorithms")
+ALGORITHMS = Registry(
+    "algorithm",
+    {
+        "raft": "raftdiff.algorithms.raft:Raft",
+        "dpo": "raftdiff.algorithms.dpo:Dpo",
+        "rest": "raftdiff.algorithms.rest:Rest",
+        "rwr": "raftdiff.algorithms.rwr:Rwr",
+        "sft": "raftdiff.algorithms.sft:Sft",
+        "policy-gradient": "raftdiff.algorithms.policy_gradient:PolicyGradient",
+        "nft": "raftdiff.algorithms.nft:Nft",
+    },
+    entry_point_group="raftdiff.algorithms",
+)
 POLICIES = Registry(
     "policy", {"diffusion": "raftdiff.pipelines.diffusion:DiffusionPolicy"}, entry_point_group="raftdiff.policies"
 )

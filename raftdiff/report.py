@@ -35,6 +35,7 @@ TEMPLATES = Path(__file__).parent / "templates"
 SMALL_SIDE = 128  # pictures up to this size stay lossless and are shown with hard pixels
 LARGEST_SIDE = 512  # larger ones are scaled down to it
 ABSENT = "\N{EN DASH}"
+NOT_CHARTED = ("learning_rate", "steps", "skipped_steps")  # of what training logs
 
 PAIRS = 24  # prompts shown before and after
 
@@ -261,15 +262,15 @@ def picture(sample: Sample) -> Picture:
     return Picture(address=f"data:image/{kind};base64,{base64.b64encode(data.getvalue()).decode()}", small=small)
 
 
-def _pairs(before: Sequence[Sample], after: Sequence[Sample]) -> list[tuple[str, Picture, Picture]]:
-    """The first seed of each prompt that both have, of `PAIRS` prompts: prompt, base picture, aligned picture."""
+def side_by_side(before: Sequence[Sample], after: Sequence[Sample], most: int) -> list[tuple[Sample, Sample]]:
+    """The first seed of each prompt that both have, of at most `most` prompts."""
     aligned = {(sample.prompt.id, sample.seed): sample for sample in after}
     pairs: dict[str, tuple[Sample, Sample]] = {}
     for sample in before:
         other = aligned.get((sample.prompt.id, sample.seed))
-        if other is not None and len(pairs) < PAIRS:
+        if other is not None and len(pairs) < most:
             pairs.setdefault(sample.prompt.id, (sample, other))
-    return [(one.prompt.text, picture(one), picture(other)) for one, other in pairs.values()]
+    return list(pairs.values())
 
 
 # ------------------------------------------------------------------------------------------------ curves
@@ -393,6 +394,12 @@ def _charts(reports: Sequence[RoundReport], trained: Collection[str]) -> list[Ch
     ]
     if groups:
         charts.append(draw_chart("samples drawn for training", "", groups))
+    logged = dict.fromkeys(name for report in reports for name in report.training if name not in NOT_CHARTED)
+    for name in logged:
+        having = [report for report in reports if name in report.training]
+        values = [report.training[name] for report in having]
+        curve = Curve(label=name, at=[report.round for report in having], values=values)
+        charts.append(draw_chart(f"training: {name}", "", [curve]))
     return charts
 
 
@@ -453,7 +460,7 @@ def write_report(
         headline=rows[0] if rows else None,
         aligned_round=aligned.round if aligned else None,
         guidance_groups=guidance_groups,
-        pairs=_pairs(before, after),
+        pairs=[(one.prompt.text, picture(one), picture(other)) for one, other in side_by_side(before, after, PAIRS)],
         charts=_charts(reports, trained),
         chart_box=Chart,
         extremes=[("Best", _cards(best)), ("Worst", _cards(worst))],

@@ -16,6 +16,7 @@ import torch
 from accelerate import Accelerator
 
 from . import sampling, scoring
+from .card import HERE, provenance, write_card
 from .checkpoint import Checkpoint, Checkpoints, RunLock, clean_staging, publish_folder, sort_header, write_file
 from .config import RunConfig, difference, dump_config, is_identity, load_config, parse_config
 from .errors import ResumeError
@@ -97,6 +98,8 @@ class Result:
     report_path: Path
     reports: tuple[RoundReport, ...]
     verdict: Verdict
+    load_line: str = ""
+    """The line of Python that loads it."""
 
     @property
     def base(self) -> tuple[Evaluation, ...]:
@@ -239,9 +242,20 @@ class _Stages:
             self.run.policy.load_adapter(checkpoint.tensors(_exported_part(checkpoint)))
         if self.run.accelerator.is_main_process:
             with publish_folder(lora, meta={"round": best, "fingerprint": self.run.policy.fingerprint()}) as staging:
-                self.run.policy.export(staging)
+                self.run.policy.export(staging, provenance(self.config))
                 for file in staging.rglob("*.safetensors"):
                     sort_header(file)
+                before, after = self._pictures(reports)
+                write_card(
+                    staging,
+                    config=self.config,
+                    modality=self.run.policy.modality,
+                    reports=reports,
+                    verdict=judged,
+                    before=before,
+                    after=after,
+                    load_line=self.run.load_line.replace(str(lora), HERE),
+                )
             self.report(reports)
         self.run.accelerator.wait_for_everyone()
         return Result(
@@ -250,6 +264,7 @@ class _Stages:
             report_path=self.folder / "report.html",
             reports=tuple(reports),
             verdict=judged,
+            load_line=self.run.load_line,
         )
 
     # -- the stages -----------------------------------------------------------------------------------------------
@@ -533,6 +548,8 @@ class _Stages:
         earlier: Sequence[RoundReport],
     ) -> RoundReport:
         """Make the round durable: the metrics, then the checkpoint that commits it, then the report."""
+        own = {example.sample.id for example in self.run.data}  # the user's, which the round did not draw
+        groups = [replace(group, samples=tuple(s for s in group.samples if s.sample.id not in own)) for group in groups]
         scored = [s for group in groups for s in group.samples]
         ranked = [s for s in scored if s.reward is not None]
         skipped = sum(s.sample.flaw is not None for s in scored)
@@ -563,12 +580,15 @@ class _Stages:
         """What the ledger has, with the passes of all processes."""
         return tuple(replace(cost, passes=int(self.trainer.total(cost.passes))) for cost in self.ledger.take())
 
+    def _pictures(self, reports: Sequence[RoundReport]) -> tuple[list[Sample], list[Sample]]:
+        """What the base and the round that would be exported made of the held-out prompts."""
+        pictures = SampleStore(self.folder / "evaluation" / f"guidance-{self.scales[0]:g}")
+        last = _exported(reports, self.verdict(reports)).round
+        return pictures.read_samples(0), pictures.read_samples(last)
+
     def report(self, reports: Sequence[RoundReport]) -> Path:
         """Write report.html."""
-        scale = f"guidance-{self.scales[0]:g}"
-        pictures = SampleStore(self.folder / "evaluation" / scale)
-        last = _exported(reports, self.verdict(reports)).round
-        before, after = pictures.read_samples(0), pictures.read_samples(last)
+        before, after = self._pictures(reports)
         samples = self.store.read_samples(reports[-1].phase.grown)
         scores = self.store.read_scores(reports[-1].phase.grown)
         values = {n: torch.tensor([of.get(s.id, float("nan")) for s in samples]) for n, of in scores.items()}

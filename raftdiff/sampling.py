@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from .interrupts import StopRequest
 from .prompts import sample_seed
 from .protocols import Policy
+from .sharding import idle_turns
 from .store import SampleStore
 from .types import Prompt, Sample
 
@@ -68,19 +69,24 @@ def sample(
     accelerator.wait_for_everyone()  # no process writes before all have read
     for samples in there.values():
         on_batch(len(samples))
-    missing = [part for part in range(len(batches)) if part not in there]
-    for part in missing[accelerator.process_index :: accelerator.num_processes]:
-        stop.check()
-        batch = batches[part]
-        made = policy.sample(
+
+    def made(batch: Sequence[Job]) -> list[Sample]:
+        samples = policy.sample(
             [job.prompt for job in batch],
             [job.seed for job in batch],
             guidance_scale=guidance_scale,
             noise_level=noise_level,
         )
-        there[part] = [replace(sample, id=job.id) for sample, job in zip(made, batch, strict=True)]
+        return [replace(sample, id=job.id) for sample, job in zip(samples, batch, strict=True)]
+
+    missing = [part for part in range(len(batches)) if part not in there]
+    for part in missing[accelerator.process_index :: accelerator.num_processes]:
+        stop.check()
+        there[part] = made(batches[part])
         store.write_samples(round, part, there[part])
-        on_batch(len(batch))
+        on_batch(len(batches[part]))
+    for _ in range(idle_turns(len(missing), accelerator)):
+        made(batches[missing[0]])
     accelerator.wait_for_everyone()
     if accelerator.num_processes > 1:
         there = store.parts(round)

@@ -9,17 +9,19 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import torch
 from accelerate import Accelerator
 
+from .batches import Batches
 from .errors import ConfigError, ScoringError
 from .interrupts import StopRequest
 from .prompts import sample_seed
 from .protocols import Policy, Reward
 from .store import SampleStore
-from .types import Sample, Scored
+from .types import Draw, Sample, Scored
 
 logger = logging.getLogger(__name__)
 
@@ -179,16 +181,21 @@ def with_log_ratio(
     """
     ratios: list[float] = []
     samples = [s.sample for s in scored]
+    batches = Batches(batch_size, "images at once (sampling.batch_size)", "set model.dtype: bf16")
     for start in range(0, len(samples), batch_size):
         stop.check()
         batch = samples[start : start + batch_size]
         draw = policy.draw(batch, torch.Generator().manual_seed(sample_seed(seed, round, "log-ratio", start)))
         draw = replace(draw, dropped_B=torch.zeros_like(draw.dropped_B))
-        current_B = policy.error(batch, draw)
-        with policy.reference():
-            reference_B = policy.error(batch, draw)
-        ratios += (reference_B - current_B).tolist()
+        ratios += batches.run(len(batch), partial(_log_ratio, policy, batch, draw))
     return [replace(s, log_ratio=ratio) for s, ratio in zip(scored, ratios, strict=True)]
+
+
+def _log_ratio(policy: Policy, samples: Sequence[Sample], draw: Draw, rows: slice) -> list[float]:
+    current_B = policy.error(samples[rows], draw.rows(rows))
+    with policy.reference():
+        reference_B = policy.error(samples[rows], draw.rows(rows))
+    return (reference_B - current_B).tolist()
 
 
 def score_parts(
@@ -221,24 +228,35 @@ def _judge(
 ) -> tuple[torch.Tensor, Exception | None]:
     """The values of samples that are not flawed, NaN where the reward failed, and its first error if it raised."""
     _check_modality(samples, reward)
-    value_N = torch.full((len(samples),), math.nan)
-    first: Exception | None = None
-    for start in range(0, len(samples), batch_size):
-        batch = samples[start : start + batch_size]
-        try:
-            value_N[start : start + len(batch)] = _score_batch(batch, reward)
-        except ConfigError:
-            raise
-        except Exception:  # a scorer is anyone's code
-            for i, sample in enumerate(batch, start):
-                try:
-                    value_N[i] = _score_batch([sample], reward)[0]
-                except Exception as error:
-                    first = first or error
+    errors: list[Exception] = []
+
+    def judge(rows: slice) -> list[float]:
+        values = _score_or_fail(samples[rows], reward, errors)
         if progress is not None:
-            progress(reward.name, start + len(batch), len(samples))
+            progress(reward.name, rows.stop, len(samples))
+        return values
+
+    batches = Batches(
+        batch_size,
+        f"images for reward {reward.name!r} at once (sampling.batch_size)",
+        "where the reward has such options, set `device: cpu` or `dtype: bf16`",
+    )
+    value_N = torch.tensor(batches.run(len(samples), judge))
     value_N[~value_N.isfinite()] = math.nan
-    return value_N, first
+    return value_N, errors[0] if errors else None
+
+
+def _score_or_fail(samples: Sequence[Sample], reward: Reward, errors: list[Exception]) -> list[float]:
+    """The reward's values, NaN where it raised even for the sample alone; what it raised then goes to `errors`."""
+    try:
+        return _score_batch(samples, reward).tolist()
+    except (ConfigError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # a scorer is anyone's code
+        if len(samples) == 1:
+            errors.append(error)
+            return [math.nan]
+    return [value for sample in samples for value in _score_or_fail([sample], reward, errors)]
 
 
 def _check_failures(reward: Reward, failed: int, asked: int, max_failed: float, error: Exception | None) -> None:

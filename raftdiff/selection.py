@@ -1,20 +1,25 @@
-"""Which samples of a round are kept: pure functions from scored groups to the scored samples they choose.
+"""Which samples of a round are kept, and with what weights: pure functions.
 
-All but the control rank by `key`, the larger the better, which is the reward unless said. Samples without a reward, or
-whose key is not finite, are never chosen; a group with no other gives nothing. Ties go to the earlier group, then to
-the smaller k. What comes back is in the order of the groups and, in a group, of the rank.
+The selections go from scored groups to the scored samples that they choose. All but the control rank by `key`, the
+larger the better, which is the reward unless said. Samples without a reward, or whose key is not finite, are never
+chosen; a group with no other gives nothing. Ties go to the earlier group, then to the smaller k. What comes back is in
+the order of the groups and, in a group, of the rank.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import numpy as np
+from scipy.optimize import minimize_scalar
+from scipy.special import logsumexp, softmax
 
 from .types import Group, Scored
 
 Key = Callable[[Scored], float]
+Deviation = Literal["group", "batch"]
 
 
 def by_reward(scored: Scored) -> float:
@@ -48,6 +53,35 @@ def above_threshold(groups: Sequence[Group], threshold: float, *, key: Key = by_
     return [scored for group in groups for scored in _ranking(group, key) if key(scored) > threshold]
 
 
+def above_global(groups: Sequence[Group], threshold: float) -> list[Scored]:
+    """ReST's `global` rule: every sample whose reward is above `threshold`, 0 to below 1, where the rewards of all
+    groups together are scaled to [0, 1]. 0 keeps all, the worst included; rewards that are all equal are 0."""
+    rewards = [by_reward(scored) for group in groups for scored in _ranking(group, by_reward)]
+    low = min(rewards, default=0.0)
+    spread = max(rewards, default=0.0) - low or 1.0
+    return above_threshold(groups, threshold or -math.inf, key=lambda scored: (by_reward(scored) - low) / spread)
+
+
+def above_percentile(groups: Sequence[Group], share: float) -> list[Scored]:
+    """ReST's `percentile` rule: of each prompt what is above its quantile `share`, 0 to 1 (linear between samples)."""
+    return _above_own(groups, lambda rewards: float(np.quantile(rewards, share)))
+
+
+def above_interpolation(groups: Sequence[Group], gamma: float) -> list[Scored]:
+    """ReST's `interpolation` rule: of each prompt what is above gamma * max + (1 - gamma) * mean of its rewards."""
+    return _above_own(groups, lambda r: gamma * max(r) + (1 - gamma) * math.fsum(r) / len(r))
+
+
+def _above_own(groups: Sequence[Group], threshold_of: Callable[[list[float]], float]) -> list[Scored]:
+    """What is above the threshold that each prompt's rewards give; always the best, so that no prompt is lost."""
+    chosen = []
+    for group in groups:
+        if ranking := _ranking(group, by_reward):
+            threshold = threshold_of([by_reward(scored) for scored in ranking])
+            chosen += [scored for scored in ranking if by_reward(scored) > threshold] or ranking[:1]
+    return chosen
+
+
 def random_of_group(groups: Sequence[Group], keep: int = 1, *, round: int, seed: int) -> list[Scored]:
     """The control: `keep` samples of each prompt, uniformly among those that have a finite reward, in the order drawn.
 
@@ -59,6 +93,65 @@ def random_of_group(groups: Sequence[Group], keep: int = 1, *, round: int, seed:
         rng = np.random.default_rng([seed, round, int(group.prompt.id, 16)])
         chosen += [candidates[index] for index in rng.permutation(len(candidates))[:keep]]
     return chosen
+
+
+def advantages(groups: Sequence[Group]) -> dict[str, float]:
+    """Sample id to A = r - V(x), with the mean of the prompt's rewards for V(x): an image is a one-step bandit."""
+    found: dict[str, float] = {}
+    for group in groups:
+        ranking = _ranking(group, by_reward)
+        total = math.fsum(map(by_reward, ranking))
+        found |= {scored.sample.id: by_reward(scored) - total / len(ranking) for scored in ranking}
+    return found
+
+
+def group_relative(groups: Sequence[Group], *, deviation: Deviation, floor: float) -> dict[str, float]:
+    """Sample id to A = (r - mean) / (deviation + floor), with the mean of the prompt's rewards and their deviation, or
+    that of all rewards of the round (GRPO, arXiv 2402.03300; Flow-GRPO, arXiv 2505.05470).
+
+    Where a prompt's rewards are all equal, A is 0; where they almost are, its own deviation makes as much of the
+    difference as of any other, but for the floor.
+    """
+    relative = advantages(groups)
+    everyone = [by_reward(scored) for group in groups for scored in _ranking(group, by_reward)]
+    found: dict[str, float] = {}
+    for group in groups:
+        rewards = {scored.sample.id: by_reward(scored) for scored in _ranking(group, by_reward)}
+        if len(set(rewards.values())) <= 1:
+            found |= dict.fromkeys(rewards, 0.0)
+            continue
+        spread = float(np.std(everyone if deviation == "batch" else list(rewards.values())))
+        found |= {sample_id: relative[sample_id] / (spread + floor) for sample_id in rewards}
+    return found
+
+
+def softmax_weights(values: Sequence[float], temperature: float) -> list[float]:
+    """softmax(values / temperature) times their number: weights whose mean is 1. At least one value."""
+    return (softmax(np.array(values) / temperature) * len(values)).tolist()
+
+
+def vmpo_weights(advantage_N: Sequence[float], epsilon: float) -> list[float]:
+    """V-MPO (arXiv 1909.12238): psi = softmax(A / eta) over the better half, times its size; 0 for the others. An odd
+    one counts to the better half."""
+    better = np.argsort(-np.array(advantage_N), kind="stable")[: (len(advantage_N) + 1) // 2]
+    top = [advantage_N[i] for i in better]
+    weight_N = np.zeros(len(advantage_N))
+    weight_N[better] = softmax_weights(top, vmpo_temperature(top, epsilon))
+    return weight_N.tolist()
+
+
+def vmpo_temperature(advantage_N: Sequence[float], epsilon: float) -> float:
+    """The eta that minimises V-MPO's dual, eta * epsilon + eta * log mean exp(A / eta): there softmax(A / eta) is
+    `epsilon` nats from uniform. It is looked for between a thousandth and a thousand times the range of A."""
+    relative_N = np.array(advantage_N) - max(advantage_N)  # moves the dual by a constant
+    spread = -relative_N.min()
+
+    def dual(log_eta: float) -> float:
+        eta = spread * math.exp(log_eta)
+        return eta * (epsilon + logsumexp(relative_N / eta) - math.log(len(relative_N)))
+
+    limit = math.log(1000)
+    return spread * math.exp(minimize_scalar(dual, bounds=(-limit, limit), method="bounded").x) if spread else 1.0
 
 
 def _ranking(group: Group, key: Key) -> list[Scored]:

@@ -11,6 +11,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -18,8 +19,9 @@ from accelerate.utils import gather_object
 
 from .checkpoint import load_optimizer_tensors, optimizer_tensors
 from .config import TrainingConfig
-from .errors import TrainingError, WeightsError
+from .errors import MissingExtraError, TrainingError, WeightsError
 from .protocols import Algorithm, Policy
+from .sharding import idle_turns, sharded
 from .types import Batch, Draw, Example
 
 SKIPS = 3  # steps in a row whose gradient is not finite, after which the run stops
@@ -45,9 +47,7 @@ class Trainer:
         self.policy, self.algorithm, self.config = policy, algorithm, config
         self.seed, self.rounds, self.accelerator = seed, rounds, accelerator
         self.parameters = policy.parameters()
-        self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
-        )
+        self.optimizer = _optimizer(self.parameters, config)
         self.scaler = torch.amp.GradScaler(accelerator.device.type, enabled=config.precision == "fp16")
         self.average = [p.detach().clone() for p in self.parameters] if config.ema_decay else None
         self.micro_batch_size = config.micro_batch_size or config.batch_size
@@ -114,8 +114,9 @@ class Trainer:
         rows = [examples[i] for i in self._rows(examples, round, step)]
         draw = self.policy.draw([row.sample for row in rows], _generator(self.seed, round, step, "draw"))
         mine = list(range(self.accelerator.process_index, len(rows), self.accelerator.num_processes))
+        idle = idle_turns(len(rows), self.accelerator)
         while True:
-            sums = self._accumulate(rows, draw, mine, step)
+            sums = self._accumulate(rows, draw, mine, idle, step)
             if not self.total(float(sums is None)):  # all processes agree on the size
                 break
             self.optimizer.zero_grad(set_to_none=True)
@@ -138,14 +139,16 @@ class Trainer:
         return metrics
 
     def _accumulate(
-        self, rows: Sequence[Example], draw: Draw, mine: Sequence[int], step: int
+        self, rows: Sequence[Example], draw: Draw, mine: Sequence[int], idle: int, step: int
     ) -> dict[str, float] | None:
-        """Gradients of this process's rows, in micro-batches; the sums of loss and metrics, or None where the
-        device ran out of memory."""
+        """Gradients of this process's rows, in micro-batches, and of `idle` more that do not count; the sums of loss
+        and metrics, or None where the device ran out of memory."""
         sums: dict[str, float] = {"loss": 0.0}
+        turns = [*mine, *[0] * idle]
         try:
-            for start in range(0, len(mine), self.micro_batch_size):
-                part = mine[start : start + self.micro_batch_size]
+            for start in range(0, len(turns), self.micro_batch_size):
+                part = turns[start : start + self.micro_batch_size]
+                own = slice(max(0, len(mine) - start))
                 batch = Batch(
                     examples=[rows[i] for i in part],
                     weight_B=torch.tensor([rows[i].weight for i in part], device=self.accelerator.device),
@@ -154,10 +157,12 @@ class Trainer:
                     averaged=self.averaged,
                 )
                 loss_B, metrics = self.algorithm.loss(self.policy, batch)
-                self.scaler.scale(loss_B.sum() / len(rows)).backward()
+                self.scaler.scale(loss_B[own].sum() / len(rows)).backward()
                 for name, value_B in {"loss": loss_B, **metrics}.items():
-                    sums[name] = sums.get(name, 0.0) + float(value_B.detach().sum())
+                    sums[name] = sums.get(name, 0.0) + float(value_B.detach()[own].sum())
         except torch.OutOfMemoryError:
+            if sharded(self.accelerator):  # the others wait for this process in the middle of their pass
+                raise
             return None
         return sums
 
@@ -259,6 +264,20 @@ class Trainer:
         self._tally = {name: float(value) for name, value in tally.items()}
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(self.scaler.state_dict() | {"scale": float(counters["loss_scale"])})
+
+
+def _optimizer(parameters: Sequence[torch.nn.Parameter], config: TrainingConfig) -> torch.optim.Optimizer:
+    kind: type[torch.optim.Optimizer] = torch.optim.AdamW
+    if config.optimizer == "adamw8bit":
+        try:
+            from bitsandbytes.optim import AdamW8bit
+        except ImportError as error:
+            raise MissingExtraError(
+                "training.optimizer: adamw8bit needs bitsandbytes; pip install 'raftdiff[bitsandbytes]'"
+            ) from error
+        kind = AdamW8bit
+    settings: dict[str, Any] = {"betas": config.betas, "weight_decay": config.weight_decay}
+    return kind(parameters, lr=config.learning_rate, **settings)  # type: ignore[call-arg]
 
 
 def _generator(seed: int, round: int, step: int, purpose: str) -> torch.Generator:

@@ -247,7 +247,7 @@ class RoundReport:
     """What one round did, as it is written to metrics.jsonl.
 
     Always `requested == scored + failed + skipped`: a flawed sample is skipped, one that a reward could not score
-    has failed.
+    has failed. Counts and rewards are of the samples of the round `phase.grown`, without the user's own pictures.
     """
 
     round: int

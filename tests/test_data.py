@@ -1,4 +1,4 @@
-"""The user's own pictures: both forms, and each way in which they can be wrong."""
+"""The user's own pictures and preferences: both forms, and each way in which they can be wrong."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import io
 import json
 import random
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ import torch
 from PIL import Image
 
 from raftdiff import data
-from raftdiff.data import load_pictures, read_folder
+from raftdiff.data import load_pictures, load_preferences, read_folder
 from raftdiff.errors import DataError
 
 
@@ -34,9 +35,9 @@ def folder(path: Path, *lines: object, **files: bytes) -> Path:
     return path
 
 
-def refusal(path: Path) -> str:
+def refusal(path: Path, load: Callable = load_pictures) -> str:
     with pytest.raises(DataError) as refused:
-        list(load_pictures(path, height=4, width=4))
+        list(load(path, height=4, width=4))
     assert "\n" not in str(refused.value)
     return str(refused.value)
 
@@ -164,3 +165,99 @@ def test_grey_and_transparent_pictures_become_rgb(tmp_path):
     Image.fromarray(np.full((4, 4), 7, dtype=np.uint8)).save(file, "PNG")
     samples, _ = read_folder(folder(tmp_path, {"file_name": "a.png", "text": "x"}, a=file.getvalue()))
     assert samples[0].image.unique().tolist() == [7]
+
+
+# -- preferences -------------------------------------------------------------------------------------------------------
+
+RED, BLUE = (255, 0, 0), (0, 0, 255)
+
+
+def pick_a_pic(path: Path, labels: list, **columns: list) -> Path:
+    """A parquet file of red pictures against blue ones, with some of the further columns that Pick-a-Pic has."""
+    count = len(labels)
+    plain = {
+        "are_different": [True] * count,
+        "caption": [f"caption {i}" for i in range(count)],
+        "jpg_0": [png(RED, form="JPEG")] * count,
+        "jpg_1": [png(BLUE, form="JPEG")] * count,
+        "label_0": labels,
+        "label_1": [None] * count,
+    }
+    columns = {name: column for name, column in (plain | columns).items() if column}
+    pq.write_table(pa.table(columns), path)
+    return path
+
+
+def preferred(path: Path) -> list[tuple[str, str, str]]:
+    """Caption, and the colors of the preferred and of the other picture."""
+
+    def color(image: torch.Tensor) -> str:
+        assert image.shape == (3, 4, 6) and image.dtype == torch.uint8
+        return "red" if image[0].min() > 250 else "blue" if image[2].min() > 250 else "other"
+
+    return [(caption, color(a), color(b)) for caption, a, b in load_preferences(path, height=4, width=6)]
+
+
+def test_pick_a_pic_gives_the_winner_first_and_no_ties(tmp_path):
+    pairs = preferred(pick_a_pic(tmp_path / "p.parquet", [1.0, 0.5, 0.0]))
+    assert pairs == [("caption 0", "red", "blue"), ("caption 2", "blue", "red")]
+
+
+def test_a_folder_of_parquet_files_is_read_in_the_order_of_their_names(tmp_path):
+    pick_a_pic(tmp_path / "train-00001.parquet", [0.0])
+    pick_a_pic(tmp_path / "train-00000.parquet", [0.5, 1.0])
+    assert preferred(tmp_path) == [("caption 1", "red", "blue"), ("caption 0", "blue", "red")]
+    pq.write_table(pa.table({"image": [png(), png(BLUE)], "text": ["one", "two"]}), tmp_path / "train-00000.parquet")
+    pq.write_table(pa.table({"image": [png()], "text": ["three"]}), tmp_path / "train-00001.parquet")
+    assert [caption for caption, _ in load_pictures(tmp_path, height=4, width=4)] == ["one", "two", "three"]
+
+
+def test_a_folder_gives_preferences_by_file_names(tmp_path):
+    line = {"chosen": "b.png", "rejected": "a.png", "text": "a square"}
+    path = folder(tmp_path, line, "", a=png(RED, (20, 8)), b=png(BLUE))
+    assert preferred(path) == [("a square", "blue", "red")]
+
+
+def test_either_form_of_preference_may_stand_in_either_place(tmp_path):
+    line = {"jpg_0": "a.png", "jpg_1": "b.png", "label_0": 0, "caption": "x"}
+    assert preferred(folder(tmp_path, line, a=png(RED), b=png(BLUE))) == [("x", "blue", "red")]
+    table = pa.table({"prompt": ["y"], "chosen": [png(RED)], "rejected": [{"bytes": png(BLUE), "path": None}]})
+    pq.write_table(table, tmp_path / "p.parquet")
+    assert preferred(tmp_path / "p.parquet") == [("y", "red", "blue")]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"jpg_1": []}, "row 1: no jpg_1; a preference has `jpg_0`, `jpg_1` and `label_0`, or `chosen` and `rejected`"),
+        ({"label_0": []}, "row 1: no label_0; a preference has"),
+        ({"label_0": [0.7]}, "row 1: label_0 is 0.7; 1 prefers jpg_0, 0 prefers jpg_1, and 0.5 is a tie"),
+        ({"label_0": ["1"]}, "row 1: label_0 is '1'; 1 prefers"),
+        ({"label_0": pa.array([None], pa.float64())}, "row 1: label_0 is None; 1 prefers"),
+        ({"label_0": [float("nan")]}, "row 1: label_0 is nan; 1 prefers"),
+        ({"caption": []}, "row 1: no caption; it is called one of text, caption, prompt"),
+        ({"jpg_0": [b"no picture"]}, "row 1, jpg_0: the picture cannot be read"),
+        ({"jpg_0": ["a.jpg"]}, "row 1: the column `jpg_0` holds no bytes"),
+        ({"label_0": [0.5]}, "p.parquet: every pair is a tie"),
+    ],
+)
+def test_a_row_that_is_no_preference_is_named(tmp_path, change, message):
+    assert message in refusal(pick_a_pic(tmp_path / "p.parquet", [1.0], **change), load_preferences)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ({"chosen": "a.png", "text": "x"}, "line 1: no jpg_0; a preference has `jpg_0`, `jpg_1` and `label_0`, or"),
+        ({"file_name": "a.png", "text": "x"}, "line 1: no jpg_0; a preference has"),
+        ({"chosen": "a.png", "rejected": "c.png", "text": "x"}, "line 1: there is no picture 'c.png'"),
+        ({"chosen": "a.png", "rejected": "../a.png", "text": "x"}, "line 1: there is no picture '../a.png'"),
+        ({"chosen": "a.png", "rejected": None, "text": "x"}, "line 1: not a JSON object with a `rejected`"),
+        ({"chosen": "a.png", "rejected": "b.png", "text": "x"}, "line 1, rejected: the picture cannot be read"),
+        ({"chosen": "a.png", "rejected": "a.png"}, "line 1: no caption"),
+    ],
+)
+def test_a_line_that_is_no_preference_is_named(tmp_path, line, message):
+    assert message in refusal(folder(tmp_path, line, a=png(), b=b"damaged"), load_preferences)
+    (tmp_path / "metadata.jsonl").unlink()
+    assert '{"chosen": "1.png", "rejected": "2.png", "text": "..."} per preference' in refusal(tmp_path)

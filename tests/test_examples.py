@@ -10,12 +10,12 @@ import pytest
 import torch
 from tiny_runs import three_weights_run, tiny_config, tiny_pipeline
 
-from raftdiff.build import build, build_reward
-from raftdiff.config import RewardConfig
+from raftdiff.build import build, build_algorithm, build_reward
+from raftdiff.config import RewardConfig, RunConfig
 from raftdiff.errors import ConfigError
 from raftdiff.protocols import Algorithm, Reward
 from raftdiff.rounds import run_rounds
-from raftdiff.types import Group, Prompt, Sample, Scored
+from raftdiff.types import Group, Phase, Prompt, Sample, Scored
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
@@ -80,31 +80,38 @@ def test_the_reward_example_aligns_a_pipeline(my_reward, tmp_path):
     assert "colorfulness" in result.aligned[0].gains
 
 
-def test_the_algorithm_example_weighs_samples_by_their_reward_within_a_prompt(my_algorithm):
-    algorithm = my_algorithm.RewardWeighted(temperature=0.5, least_weight=0.05)
-    assert isinstance(algorithm, Algorithm)
-    # shares of exp(reward / 0.5): for 0 and 0.5493 = 0.5 ln 3 they are 1/4 and 3/4; 10 leaves nothing to 0.
-    chosen = algorithm.select([group("a", 0.0, None, 0.549306), group("b", 10.0, 0.0)], round=1, seed=0)
-    assert [sample.id for sample in chosen.samples] == ["a-0", "a-2", "b-0"]
-    assert chosen.weights == pytest.approx([0.25, 0.75, 1.0], abs=1e-5)
+def selected(algorithm: Algorithm, groups: list[Group]) -> dict[str, float]:
+    examples = algorithm.select(groups, round=1, seed=0, phase=Phase(grown=1))
+    return {example.sample.id: example.weight for example in examples}
+
+
+def test_the_algorithm_example_weighs_the_best_of_a_prompt_by_rank_alone(my_algorithm):
+    # Of the two best of four: ln(2.5 / 1) = .916291 and ln(2.5 / 2) = .223144, times 2 over their sum of 1.139434.
+    expected = pytest.approx({"a-3": 1.608326, "a-0": 0.391674, "b-1": 1.0}, abs=1e-5)
+    algorithm = my_algorithm.RankWeighted(share=0.5)
+    assert selected(algorithm, [group("a", 3.0, None, 1.0, 4.0, 2.0), group("b", 0.0, 1.0, None)]) == expected
+    assert selected(algorithm, [group("a", 9.0, None, 1.0, 1e6, 4.0), group("b", 0.0, 0.1, None)]) == expected
 
 
 def test_the_algorithm_example_selects_nothing_of_a_prompt_without_a_reward(my_algorithm):
-    assert len(my_algorithm.RewardWeighted().select([group("a", None, None)], round=1, seed=0)) == 0
+    assert selected(my_algorithm.RankWeighted(), [group("a", None, None)]) == {}
 
 
 def test_the_algorithm_example_refuses_what_it_cannot_run(my_algorithm):
-    with pytest.raises(ConfigError, match="temperature is 0"):
-        my_algorithm.RewardWeighted(temperature=0)
+    with pytest.raises(ConfigError, match="share is 0"):
+        my_algorithm.RankWeighted(share=0)
     with pytest.raises(ConfigError, match="samples_per_prompt >= 2"):
-        my_algorithm.RewardWeighted().validate(1)
+        my_algorithm.RankWeighted().validate(RunConfig.model_validate({"sampling": {"samples_per_prompt": 1}}))
 
 
-def test_the_algorithm_example_raises_the_reward(my_algorithm, tmp_path):
-    run = three_weights_run(tiny_config(tmp_path), algorithm=my_algorithm.RewardWeighted(temperature=0.1))
-    result = run_rounds(run)
-    assert 4 <= result.reports[-1].selected <= 8  # at least the best of each of 4 prompts, of 8 samples
-    assert result.aligned[0].metrics["redness"].mean > result.base[0].metrics["redness"].mean
+def test_the_algorithm_example_is_chosen_in_a_file_and_raises_the_reward(my_algorithm, tmp_path):
+    chosen = {"name": "my_algorithm:RankWeighted", "options": {"share": 0.25}}
+    config = tiny_config(tmp_path, algorithm=chosen, sampling={"samples_per_prompt": 8}, training={"steps": 20})
+    with pytest.raises(ConfigError, match="--allow-code"):
+        build_algorithm(config)
+    result = run_rounds(three_weights_run(config, algorithm=build_algorithm(config, allow_code=True)))
+    assert [report.selected for report in result.reports[1:]] == [4 * 2, 4 * 2]
+    assert result.aligned[0].gains["redness"].mean > 10  # of 255
 
 
 def test_the_pipeline_example_aligns_a_saved_pipeline(align_any_pipeline, tmp_path):

@@ -16,13 +16,26 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = (
     {"app", "cli", "train"},
     {"compare"},
-    {"build"},
+    {"build", "plan", "export"},
     {"rounds"},
-    {"sampling", "scoring", "training", "evaluation", "store", "report", "display"},
+    {"sampling", "scoring", "training", "evaluation", "store", "report", "card", "display"},
     {"algorithms", "pipelines", "reward_models"},
-    {"selection", "losses", "prompts", "config", "shapes", "data", "checkpoint", "ledger", "interrupts", "protocols"},
+    {
+        "selection",
+        "losses",
+        "prompts",
+        "config",
+        "shapes",
+        "data",
+        "batches",
+        "checkpoint",
+        "ledger",
+        "interrupts",
+        "protocols",
+        "sharding",
+    },
     {"registry"},
-    {"types", "errors"},
+    {"types", "errors", "doctor"},
 )
 APART = {"algorithms", "pipelines", "reward_models"}  # these never import each other
 ENGINE = set().union(*(layer for layer in LAYERS if layer & {"rounds", "sampling"}))  # knows rounds, not models

@@ -12,12 +12,19 @@ import torch
 from accelerate import Accelerator, debug_launcher
 from accelerate.state import AcceleratorState
 from safetensors.torch import load
-from tiny_runs import PROMPTS, ThreeWeights, exported, pipeline_run, three_weights_run, tiny_config
+from tiny_models import FAMILIES, stable_diffusion_3
+from tiny_runs import PROMPTS, ThreeWeights, exported, pipeline_run, redness, three_weights_run, tiny_config
+from torch.distributed.tensor import DTensor
 
 from raftdiff.algorithms.raft import Raft
-from raftdiff.config import TrainingConfig
+from raftdiff.build import build
+from raftdiff.config import AdapterConfig, TrainingConfig
+from raftdiff.errors import ConfigError
+from raftdiff.pipelines.diffusion import DiffusionPolicy
 from raftdiff.report import read_metrics
+from raftdiff.reward_models.function import FunctionReward
 from raftdiff.rounds import run_rounds
+from raftdiff.sharding import shard
 from raftdiff.store import SampleStore
 from raftdiff.training import Trainer
 from raftdiff.types import Example, Prompt
@@ -119,3 +126,61 @@ def test_failed_samples_are_counted_over_all_processes(tmp_path):
     in_two_processes(lambda: run_rounds(three_weights_run(config, reward=fails_on_first)))
     report = read_metrics(config.folder / "metrics.jsonl")[1]
     assert (report.requested, report.scored, report.failed, report.skipped) == (8, 6, 2, 0)
+
+
+@pytest.fixture
+def split_weights(monkeypatch):
+    """What `accelerate launch --use_fsdp --fsdp_version 2` sets."""
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_split_weights_give_the_gradients_of_whole_ones(tmp_path, split_weights, family):
+    def gradients(split: bool) -> list[torch.Tensor]:
+        policy = DiffusionPolicy(FAMILIES[family](), AdapterConfig(rank=2), num_inference_steps=1, guidance_scale=1.0)
+        if split:
+            shard(policy, Accelerator())
+            frozen = [p for p in policy.denoiser.parameters() if not p.requires_grad]
+            kept = sum(p.to_local().numel() for p in frozen if isinstance(p, DTensor))
+            assert 0.4 < kept / sum(p.numel() for p in frozen) < 0.6
+        samples = policy.sample([Prompt(text="a red circle")], [0])
+        policy.error(samples, policy.draw(samples, torch.Generator().manual_seed(0))).sum().backward()
+        return [p.grad for p in policy.parameters() if p.grad is not None]
+
+    torch.save(gradients(split=False), tmp_path / "whole.pt")
+
+    def work() -> None:
+        whole, found = torch.load(tmp_path / "whole.pt"), gradients(split=True)
+        assert len(found) == len(whole) and any(grad.any() for grad in found)
+        assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(found, whole, strict=True))
+
+    in_two_processes(work)
+
+
+def test_a_run_with_split_weights_takes_the_same_course(tmp_path, split_weights):
+    """Both the single batch of an evaluation and the three rows of a step leave a process without work of its own."""
+    training = {"learning_rate": 1e-3, "batch_size": 3, "micro_batch_size": 1, "steps": 2, "ema_decay": 0.5}
+    stable_diffusion_3().save_pretrained(tmp_path / "model")
+    settings = {"rounds": 2, "training": training, "model": {"path": str(tmp_path / "model")}}
+    config = {name: tiny_config(tmp_path / name, **settings) for name in ("one", "two")}
+    rewards = {"redness": FunctionReward(redness, "redness")}
+    run_rounds(build(config["one"], rewards=rewards))
+    in_two_processes(lambda: run_rounds(build(config["two"], rewards=rewards)))
+    ones, twos = (load(exported(config[name].folder)) for name in ("one", "two"))
+    assert ones.keys() == twos.keys()
+    assert all(torch.allclose(ones[name], twos[name], atol=1e-5) for name in ones)
+    one, two = (read_metrics(config[name].folder / "metrics.jsonl") for name in ("one", "two"))
+    for a, b in zip(one[1:], two[1:], strict=True):
+        assert a.training == pytest.approx(b.training, rel=1e-3)
+
+
+def test_full_fine_tuning_cannot_be_split(tmp_path, split_weights):
+    config = tiny_config(tmp_path, adapter={"method": "full"})
+
+    def work() -> None:
+        with pytest.raises(ConfigError, match="adapter.method: full"):
+            pipeline_run(config)
+
+    in_two_processes(work)

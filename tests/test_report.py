@@ -332,8 +332,8 @@ def test_every_section_is_there(tmp_path):
         "algorithm: raft",
     ):
         assert expected in text
-    # reward, oracle, diversity, and the samples drawn for training
-    assert sum(tag == "svg" and "aria-label" in attributes for tag, attributes in page.tags) == 4
+    # reward, oracle, diversity, the samples drawn for training, and training's loss and gradient norm
+    assert sum(tag == "svg" and "aria-label" in attributes for tag, attributes in page.tags) == 6
 
 
 def test_untrusted_text_is_text(tmp_path):

@@ -11,13 +11,20 @@ import torch
 
 from raftdiff.losses import weighted_error
 from raftdiff.selection import (
+    above_global,
+    above_interpolation,
+    above_percentile,
     above_threshold,
+    advantages,
     best_of_group,
     best_overall,
     by_reward,
     hybrid,
     kl_regularized,
     random_of_group,
+    softmax_weights,
+    vmpo_temperature,
+    vmpo_weights,
 )
 from raftdiff.types import Group, Prompt, Sample, Scored
 
@@ -148,3 +155,83 @@ def test_weighted_error_is_weight_times_error_with_gradients_to_the_error_alone(
     loss_B.sum().backward()
     assert error_B.grad is not None and error_B.grad.tolist() == [1.0, 4.0, 0.0]
     assert metrics["error"].tolist() == pytest.approx([2.0, 0.5, 3.0]) and not metrics["error"].requires_grad
+
+
+# A hard prompt beside an easy one, and a third whose rewards are all equal; from 0 to 10 in all.
+HARD_AND_EASY = [group("hard", 0.0, 1.0, 2.0, 3.0), group("easy", 7.0, 8.0, 9.0, 10.0), group("flat", 5.0, 5.0)]
+
+
+def test_a_global_threshold_is_on_rewards_scaled_over_all_prompts_and_loses_the_hard_ones():
+    """Claim S6."""
+    assert ids(above_global(HARD_AND_EASY, 0.25)) == [
+        "hard-3",
+        "easy-3",
+        "easy-2",
+        "easy-1",
+        "easy-0",
+        "flat-0",
+        "flat-1",
+    ]
+    assert ids(above_global(HARD_AND_EASY, 0.7)) == ["easy-3", "easy-2", "easy-1"]  # strictly: 7 is .7
+    assert ids(above_global(HARD_AND_EASY, 0.95)) == ["easy-3"]
+    moved = [replace(g, samples=tuple(replace(s, reward=4.0 * by_reward(s) - 64.0) for s in g.samples)) for g in GROUPS]
+    assert ids(above_global(moved, 0.4)) == ids(above_global(GROUPS, 0.4)) == ["a-1", "b-0", "b-1", "b-2", "c-2"]
+
+
+def test_the_global_threshold_0_keeps_everything_and_equal_rewards_are_above_no_other():
+    assert len(above_global(HARD_AND_EASY, 0.0)) == 10
+    flat = [group("a", 2.0, 2.0), group("b", 2.0)]
+    assert len(above_global(flat, 0.0)) == 3 and above_global(flat, 0.1) == []
+
+
+def test_a_percentile_is_each_prompts_own_and_keeps_every_prompt():
+    """Claim S6. The quantile .7 of four samples lies at .7 * 3 = 2.1 of the way up, between the two best."""
+    assert ids(above_percentile(HARD_AND_EASY, 0.5)) == ["hard-3", "hard-2", "easy-3", "easy-2", "flat-0"]
+    for share in (0.7, 0.95, 1.0):
+        assert ids(above_percentile(HARD_AND_EASY, share)) == ["hard-3", "easy-3", "flat-0"]
+    assert ids(above_percentile([group("a", 1.0, None, 2.0), group("b", None)], 0.0)) == ["a-2"]
+
+
+def test_the_percentile_of_all_but_m_samples_keeps_the_m_best_for_every_k():
+    for k in range(2, 17):
+        groups = [group("a", *(float((5 * i) % k + 1 / (i + 1)) for i in range(k)))]
+        for m in range(1, k):
+            assert ids(above_percentile(groups, 1 - m / k)) == ids(best_of_group(groups, m))
+
+
+def test_an_interpolated_threshold_goes_from_the_mean_of_a_prompt_to_its_best():
+    groups = [group("a", 0.0, 5.0, 5.5, 7.0), group("b", 6.0)]  # of a the mean is 4.375
+    assert ids(above_interpolation(groups, 0.0)) == ["a-3", "a-2", "a-1", "b-0"]
+    assert ids(above_interpolation(groups, 0.3)) == ["a-3", "a-2", "b-0"]  # 4.375 + .3 * 2.625 = 5.1625
+    assert ids(above_interpolation(groups, 0.5)) == ["a-3", "b-0"]  # 5.6875
+    assert ids(above_interpolation([group("a", 0.1, 0.7, 0.3, 0.7)], 1.0)) == ["a-1"]  # nothing is above the best
+
+
+def test_the_advantage_is_the_reward_less_the_mean_of_the_prompts_scored_samples():
+    found = advantages([group("a", 1.0, None, 5.0), group("b", 9.0), group("c", None)])
+    assert found == {"a-0": -2.0, "a-2": 2.0, "b-0": 0.0}
+
+
+def test_softmax_weights_have_the_mean_1():
+    # exp(0), exp(ln 3): shares of a quarter and three quarters, of two samples
+    assert softmax_weights([0.0, 0.5 * math.log(3)], 0.5) == pytest.approx([0.5, 1.5])
+    assert softmax_weights([1e6, 0.0], 1e-3) == [2.0, 0.0]
+
+
+def test_the_temperature_of_vmpo_is_where_its_weights_are_epsilon_nats_from_uniform():
+    advantage_N = [2.0, 0.5, -0.25, -1.0]
+    for epsilon in (0.01, 0.1, 1.0):
+        share_N = [w / 4 for w in softmax_weights(advantage_N, vmpo_temperature(advantage_N, epsilon))]
+        assert sum(p * math.log(4 * p) for p in share_N) == pytest.approx(epsilon, rel=1e-3)
+    # scaling and moving the advantages scales the temperature with them
+    assert vmpo_temperature([23.0, 8.0, 0.5, -7.0], 0.1) == pytest.approx(
+        10 * vmpo_temperature(advantage_N, 0.1), rel=1e-3
+    )
+
+
+def test_vmpo_keeps_the_better_half_with_the_mean_weight_1():
+    weights = vmpo_weights([0.0, 3.0, -1.0, 1.0, -2.0], 0.1)
+    assert weights[2] == weights[4] == 0.0
+    assert weights[1] > weights[3] > weights[0] > 0 and sum(weights) == pytest.approx(3.0)
+    assert vmpo_weights([1.0, 1.0, 1.0, 1.0], 0.1) == [1.0, 1.0, 0.0, 0.0]
+    assert vmpo_weights([0.5], 0.1) == [1.0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -58,7 +58,7 @@ class Linear:
         with torch.no_grad():
             self.weight.copy_(state["weight"])
 
-    def export(self, path: Path) -> None:
+    def export(self, path: Path, metadata: Mapping[str, str] | None = None) -> None:
         raise NotImplementedError
 
     def fingerprint(self) -> str:

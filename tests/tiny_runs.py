@@ -101,7 +101,7 @@ class ThreeWeights:
         with torch.no_grad():
             self.color.copy_(state["color"])
 
-    def export(self, path: Path) -> None:
+    def export(self, path: Path, metadata: Mapping[str, str] | None = None) -> None:
         save_file(self.adapter_state(), path / ADAPTER_FILE)
 
     def fingerprint(self) -> str:

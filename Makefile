@@ -8,7 +8,7 @@ export HF_HUB_OFFLINE = 1
 export HF_HUB_DISABLE_TELEMETRY = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint docs-check clean
+.PHONY: help install demo compare claims test lint docs-check clean
 
 help: ## List these targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,6 +28,12 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 demo: .venv ## Align the embedded model from start to finish, on any laptop.
 	@$(BIN)/raftdiff demo
+
+compare: .venv ## Compare the algorithms on the embedded model at an equal budget (about half an hour).
+	@$(BIN)/raftdiff compare examples/compare.yaml
+
+claims: .venv ## Check the papers' claims on the embedded model (about an hour; can be broken off and begun again).
+	@$(BIN)/python -m benchmarks.claims
 
 test: .venv ## Run the tests.
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from raftdiff.build import build
+from raftdiff.cli import quiet_libraries
 from raftdiff.compare import read_outcome
 from raftdiff.config import RunConfig, dump_config, load_config, load_preset, parse_config
 from raftdiff.display import Terminal
@@ -24,6 +25,7 @@ console = Console()
 
 def arguments(description: str, **options: Any) -> argparse.Namespace:
     """The command line of a benchmark: `--output` and the given options with their defaults."""
+    quiet_libraries()
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--output", default="runs/benchmarks", help="where the runs are kept; finished ones are reused")
     for name, default in options.items():
@@ -47,7 +49,9 @@ def configured(preset: str, output: str, name: str, changes: Mapping[str, Any]) 
 def run(config: RunConfig) -> Result:
     """Run it, or go on with what its folder holds of it."""
     begun = (config.folder / "config.yaml").exists()
-    if begun and dump_config(load_config(config.folder / "config.yaml")) != dump_config(config):
+    unbounded = {"budget": None}  # a run may go on with more
+    kept = load_config(config.folder / "config.yaml") if begun else config
+    if dump_config(kept.model_copy(update=unbounded)) != dump_config(config.model_copy(update=unbounded)):
         raise SystemExit(f"{config.folder} holds a run with other settings; remove it, or choose another --output")
     with Terminal(console, config) as display:
         display.say(f"{config.name}:")

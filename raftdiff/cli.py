@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if rest and not getattr(known, "takes_settings", False):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if known.run is not _doctor:  # which runs where a library cannot be imported
-        _quiet_libraries()
+        quiet_libraries()
     from .interrupts import Interrupted
 
     try:
@@ -59,7 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _quiet_libraries() -> None:
+def quiet_libraries() -> None:
+    """Keep what libraries say to their users out of the way of what raftdiff says to its own."""
     # Not on standard output, which `show-config > run.yaml` writes to a file.
     handler = RichHandler(console=Console(stderr=True), show_time=False, show_path=False)
     logging.basicConfig(level="WARNING", format="%(message)s", handlers=[handler])

@@ -15,20 +15,21 @@ METRICS = ("reward", "shapes-oracle", "shapes-rating", "diversity")
 BETA = 100.0
 
 
-def pairs(output: str) -> Path:
-    """The best and the worst of 8 samples of the base for each of 144 prompts, as `data.path` takes preferences."""
-    folder = Path(output) / "preferences"
+def pairs(output: str, samples: int) -> Path:
+    """The best and the worst of some samples of the base for each of 144 prompts, as `data.path` takes preferences."""
+    folder = Path(output) / f"preferences-{samples}"
     if not (folder / "metadata.jsonl").exists():
         shutil.rmtree(folder, ignore_errors=True)
         settings = {"seed": 1, "rounds": 1, "prompts.per_round": None, "training.steps": 1}
-        write(preferences(run(configured("claims", output, "dpo-pairs", settings)).folder), folder)
+        settings["sampling.samples_per_prompt"] = samples
+        write(preferences(run(configured("claims", output, f"dpo-pairs-{samples}", settings)).folder), folder)
     return folder
 
 
-def winners(output: str) -> Path:
+def winners(output: str, samples: int) -> Path:
     """The preferred side of the pairs alone, with captions."""
-    folder = pairs(output)
-    alone = Path(output) / "winners"
+    folder = pairs(output, samples)
+    alone = Path(output) / f"winners-{samples}"
     if not (alone / "metadata.jsonl").exists():
         shutil.rmtree(alone, ignore_errors=True)
         shutil.copytree(folder, alone)
@@ -38,15 +39,15 @@ def winners(output: str) -> Path:
     return alone
 
 
-def offline(output: str, beta: float = BETA) -> Result:
+def offline(output: str, beta: float = BETA, samples: int = 8) -> Result:
     """DPO on the pairs: two rounds of 64 steps."""
     options = {"source": "offline", "beta": beta}
-    return _trained(output, f"dpo-beta{beta:g}", {"name": "dpo", "options": options}, pairs(output))
+    return _trained(output, f"dpo-{samples}-beta{beta:g}", {"name": "dpo", "options": options}, pairs(output, samples))
 
 
-def sft(output: str) -> Result:
+def sft(output: str, samples: int) -> Result:
     """SFT on the winners, at the same dose."""
-    return _trained(output, "sft-winners", {"name": "sft"}, winners(output))
+    return _trained(output, f"sft-winners-{samples}", {"name": "sft"}, winners(output, samples))
 
 
 def _trained(output: str, name: str, algorithm: dict[str, Any], data: Path) -> Result:

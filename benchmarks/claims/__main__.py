@@ -1,0 +1,49 @@
+"""Every claim, one after the other on each core; finished runs are reused, so this can be broken off and begun again.
+
+    python -m benchmarks.claims
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from benchmarks.common import arguments, console
+
+# Those that share runs stand in one line, so that no two processes make the same run.
+LINES = (("r5",), ("r1", "r3"), ("s1", "s2", "s6", "s4", "s5"), ("d4", "d5", "d6"), ("r6",), ("r4", "d1", "d2"))
+
+
+def claim(name: str, output: str) -> tuple[str, str]:
+    """The claim's name and what it printed from its tables on; the whole is kept beside the runs."""
+    command = [sys.executable, "-m", f"benchmarks.claims.{name}", "--output", output]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    said = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    Path(output).mkdir(parents=True, exist_ok=True)
+    (Path(output) / f"claim-{name}.log").write_text(said.stdout + said.stderr, encoding="utf-8")
+    if said.returncode:
+        return name, f"{name.upper()}: failed. See {output}/claim-{name}.log"
+    lines = said.stdout.rstrip().splitlines()
+    first = next(i for i in reversed(range(len(lines))) if lines[i].startswith(f"{name.upper()}: "))
+    return name, " ".join(lines[first:])
+
+
+def main() -> None:
+    options = arguments(__doc__ or "", processes=os.cpu_count() or 1)
+    verdicts: dict[str, str] = {}
+
+    def work(line: tuple[str, ...]) -> None:
+        for name in line:
+            _, verdicts[name] = claim(name, options.output)
+            console.print(verdicts[name], highlight=False, markup=False)
+
+    with ThreadPoolExecutor(options.processes) as pool:
+        list(pool.map(work, LINES))
+    console.print(f"{len(verdicts)} claims; the tables are in {options.output}/claim-*.log")
+
+
+if __name__ == "__main__":
+    main()

@@ -261,6 +261,11 @@ class DiffusionPolicy:
             raise ConfigError("full fine-tuning leaves no LoRA to read")
         return self._lora.read(folder)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the denoiser computes. Its own `device` and the pipeline's look for hooks in every module each time."""
+        return next(self.denoiser.parameters()).device
+
     def fingerprint(self) -> str:
         return self._fingerprint
 
@@ -379,7 +384,7 @@ class DiffusionPolicy:
     def log_prob(self, samples: Sequence[Sample], steps: Sequence[int]) -> torch.Tensor:
         """Log-density of one step of each sample's trajectory, mean over the latent dimensions, float32 [B], with the
         guidance that it was sampled with, as u + g (c - u)."""
-        device = self.denoiser.device
+        device = self.device
         walks = [_trajectory(s) for s in samples]
         x_t, after = (
             torch.stack([w.states[i + k] for w, i in zip(walks, steps, strict=True)]).to(device) for k in (0, 1)
@@ -409,7 +414,7 @@ class DiffusionPolicy:
 
     def _noised(self, samples: Sequence[Sample], draw: Draw) -> tuple[torch.Tensor, ...]:
         """x_0, x_t, the timesteps [B], and what the model should predict."""
-        device = self.denoiser.device
+        device = self.device
         x0 = torch.stack([_latents(s) for s in samples]).to(device)
         t_B = self._timesteps(draw.quantile_B).to(device)
         x_t, target = self._schedule.noised(x0, draw.noise.to(device), t_B)
@@ -495,18 +500,21 @@ class DiffusionPolicy:
             pipeline,
             prompt=list(texts),
             num_inference_steps=1,
-            generator=torch.Generator(pipeline._execution_device),  # torch's own is left as it is
+            generator=torch.Generator(self.device),  # torch's own is left as it is
             output_type="latent",
             **self._arguments(len(texts), guidance_scale),
         )
         stand_in = OneStep(pipeline.scheduler, t_B)
         scheduler, pipeline.scheduler = pipeline.scheduler, stand_in
-        self.denoiser.train(torch.is_grad_enabled())  # LoRA dropout
+        drops = torch.is_grad_enabled() and self.adapter.dropout > 0  # all that knows training from evaluation
+        if drops:
+            self.denoiser.train()
         try:
             with self._recorded(), self._starting_from(x_t.to(self.denoiser.dtype)) as latents, autocast:
                 call(**latents)
         finally:
-            self.denoiser.eval()
+            if drops:
+                self.denoiser.eval()
             pipeline.scheduler = scheduler
         assert stand_in.model_output is not None
         return stand_in.model_output
@@ -650,9 +658,7 @@ class DiffusionPolicy:
     def _recorded(self) -> Iterator[None]:
         """While open, `encode_prompt` answers from the record and the rows through the denoiser are counted."""
         counting = self.denoiser.register_forward_pre_hook(self._count, with_kwargs=True)
-        self.pipeline.encode_prompt = functools.partial(
-            self._prompts.replay, self.pipeline.encode_prompt, self.pipeline._execution_device
-        )
+        self.pipeline.encode_prompt = functools.partial(self._prompts.replay, self.pipeline.encode_prompt, self.device)
         try:
             yield
         finally:

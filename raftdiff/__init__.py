@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .best_of_n import best_of as best_of
     from .build import align as align
     from .config import RunConfig as RunConfig
     from .errors import RaftdiffError as RaftdiffError
@@ -45,6 +46,7 @@ _MODULES = {
     "Sample": "types",
     "Scored": "types",
     "align": "build",
+    "best_of": "best_of_n",
     "load_lora": "pipelines.loading",
     "run_rounds": "rounds",
 }

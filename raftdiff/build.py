@@ -66,7 +66,7 @@ def align(
     def configured(value: Any, weight: float) -> RewardConfig:
         if isinstance(value, str):
             return RewardConfig(name=value, weight=weight)
-        made = value if isinstance(value, Reward) else _function_reward(value)
+        made = as_reward(value)
         objects[made.name] = made
         return RewardConfig(name=made.name, weight=weight)
 
@@ -98,12 +98,19 @@ def _source(prompts: str | Path | Sequence[str]) -> str | list[str]:
     return str(prompts) if isinstance(prompts, str | Path) else list(prompts)
 
 
-def _function_reward(function: Any) -> Reward:
+def as_reward(value: Any) -> Reward:
+    """A Reward as it is, and a callable `f(images, prompts) -> scores` as one.
+
+    Raises:
+        ConfigError: anything else.
+    """
     from .reward_models.function import FunctionReward
 
-    if not callable(function):
-        raise ConfigError(f"reward: {function!r} is neither a registered name, nor a callable, nor a Reward")
-    return FunctionReward(function, name=getattr(function, "__name__", "function"))
+    if isinstance(value, Reward):
+        return value
+    if not callable(value):
+        raise ConfigError(f"reward: {value!r} is neither a registered name, nor a callable, nor a Reward")
+    return FunctionReward(value, name=getattr(value, "__name__", "function"))
 
 
 def build(

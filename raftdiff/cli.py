@@ -93,6 +93,14 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--allow-code", action="store_true", help="allow `module:Class` names in the configuration")
         sub.set_defaults(flags="[--allow-code]")
 
+    def reward_options(sub: argparse.ArgumentParser, *, required: bool = False) -> None:
+        sub.add_argument(
+            "--reward", action="append", default=[], required=required, help="a registered reward; may be repeated"
+        )
+        sub.add_argument(
+            "--option", action="append", default=[], metavar="REWARD.NAME=VALUE", help="such as clip.model=shapes"
+        )
+
     demo = command("demo", _demo, "align the embedded model with aesthetic + CLIP, offline, in minutes")
     demo.add_argument("--output", default="runs", help="where the run folder is made (default: runs)")
     demo.add_argument("--seed", type=int, default=0, help="of the run (default: 0)")
@@ -117,14 +125,13 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--steps", type=int, default=25, help="denoising steps (default: 25)")
     sample.add_argument("--guidance", type=float, help="guidance scale (default: the pipeline's)")
     sample.add_argument("--batch-size", type=int, default=16, help="images denoised at once (default: 16)")
+    sample.add_argument("--best-of", type=int, metavar="N", help="keep the best of N for each seed, by --reward")
+    reward_options(sample)
     sample.add_argument("--out", type=Path, default=Path("images"), help="folder to write to (default: images)")
 
     score = command("score", _score, "score a folder of images with captions")
     score.add_argument("folder", type=Path, help="images with a metadata.jsonl (`file_name`, `text`)")
-    score.add_argument("--reward", action="append", required=True, help="a registered reward; may be repeated")
-    score.add_argument(
-        "--option", action="append", default=[], metavar="REWARD.NAME=VALUE", help="such as clip.model=shapes"
-    )
+    reward_options(score, required=True)
     evaluate = command("evaluate", _evaluate, "compare a run's LoRA with its base on held-out prompts")
     evaluate.add_argument("folder", type=Path, help="the run folder")
     evaluate.add_argument("--prompts", help="other prompts than the run's held-out ones")
@@ -282,14 +289,38 @@ def _prompts(source: str):
     return load_prompts([source])
 
 
+def _rewards(known: argparse.Namespace) -> list[RewardConfig]:
+    """The rewards that the command names, with their options."""
+    import yaml
+
+    options: dict[str, dict] = {name: {} for name in known.reward}
+    for entry in known.option:
+        key, equals, value = entry.partition("=")
+        reward, dot, name = key.partition(".")
+        if not equals or not dot or reward not in options:
+            raise ConfigError(f"--option {entry!r}: write REWARD.NAME=VALUE for a --reward that is given")
+        options[reward][name] = yaml.safe_load(value)
+    return [RewardConfig(name=name, options=options[name]) for name in known.reward]
+
+
 def _sample(known: argparse.Namespace, settings: Sequence[str]) -> None:
     import json
 
-    from .build import build_policy, default_device
+    from PIL import Image
+
+    from . import best_of_n
+    from .build import build_policy, build_reward, default_device
     from .pipelines.loading import load_lora, load_pipeline
     from .report import image_grid
 
+    if known.best_of is None and known.reward:
+        raise ConfigError("--reward ranks candidates: give --best-of N too, or score pictures with `raftdiff score`")
+    if known.best_of is not None and not known.reward:
+        raise ConfigError(f"--best-of {known.best_of} needs a --reward to rank by; `raftdiff list` names them")
+    if known.best_of is not None:
+        best_of_n.check_n(known.best_of)
     prompts = _prompts(known.prompts)
+    rewards = [build_reward(config, device=default_device()) for config in _rewards(known)]
     pipeline = load_pipeline(ModelConfig(path=known.model), default_device())
     if known.lora:
         load_lora(pipeline, known.lora)
@@ -300,18 +331,28 @@ def _sample(known: argparse.Namespace, settings: Sequence[str]) -> None:
     )
     policy = build_policy(config, pipeline)
     known.out.mkdir(parents=True, exist_ok=True)
-    rows = [(p, known.first_seed + k) for p in prompts for k in range(known.seeds)]
-    samples = policy.sample([p for p, _ in rows], [seed for _, seed in rows])
-    from PIL import Image
-
+    if rewards:
+        groups = best_of_n.draw(
+            policy, prompts, rewards, n=known.best_of, seeds=known.seeds, first_seed=known.first_seed
+        )
+        found = best_of_n.best(groups)
+        samples, records = [one.scored.sample for one in found], [one.record for one in found]
+    else:
+        rows = [(p, known.first_seed + k) for p in prompts for k in range(known.seeds)]
+        samples = policy.sample([p for p, _ in rows], [seed for _, seed in rows])
+        records = [{} for _ in samples]
     with (known.out / "metadata.jsonl").open("w", encoding="utf-8") as file:
-        for i, sample in enumerate(samples):
+        for i, (sample, record) in enumerate(zip(samples, records, strict=True)):
             assert sample.image is not None
             name = f"{i:05d}.png"
             Image.fromarray(sample.image.permute(1, 2, 0).numpy()).save(known.out / name)
-            file.write(json.dumps({"file_name": name, "text": sample.prompt.text, "seed": sample.seed}) + "\n")
+            row = {"file_name": name, "text": sample.prompt.text, "seed": sample.seed} | record
+            file.write(json.dumps(row) + "\n")
     images = [s.image for s in samples if s.image is not None]
     image_grid(images, known.seeds, scale=max(1, 128 // images[0].shape[-1])).save(known.out / "grid.png")
+    if rewards:
+        console.print(best_of_n.table(found))
+        console.print(best_of_n.summary(groups), highlight=False, markup=False)
     console.print(f"{len(samples)} images in {known.out}, all on {known.out / 'grid.png'}", markup=False)
 
 
@@ -319,7 +360,6 @@ def _score(known: argparse.Namespace, settings: Sequence[str]) -> None:
     import csv
     import io
 
-    import yaml
     from rich.table import Table
 
     from .build import build_reward, default_device
@@ -328,17 +368,11 @@ def _score(known: argparse.Namespace, settings: Sequence[str]) -> None:
     from .evaluation import paired_interval
     from .scoring import score_parts
 
-    options: dict[str, dict] = {name: {} for name in known.reward}
-    for entry in known.option:
-        key, equals, value = entry.partition("=")
-        reward, dot, name = key.partition(".")
-        if not equals or not dot or reward not in options:
-            raise ConfigError(f"--option {entry!r}: write REWARD.NAME=VALUE for a --reward that is given")
-        options[reward][name] = yaml.safe_load(value)
+    rewards = _rewards(known)
     samples, names = read_folder(known.folder)
     columns, table = {}, Table("reward", "mean", "95% interval", "scored", box=None, pad_edge=False)
-    for name in known.reward:
-        reward = build_reward(RewardConfig(name=name, options=options[name]), device=default_device()).reward
+    for config in rewards:
+        name, reward = config.name, build_reward(config, device=default_device()).reward
         columns[name] = score_parts(samples, reward, max_failed=1.0).tolist()
         found = paired_interval(columns[name], [s.prompt.id for s in samples])
         scored = sum(value == value for value in columns[name])

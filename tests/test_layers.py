@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = (
     {"app", "cli", "train"},
     {"compare"},
-    {"build", "plan", "export"},
+    {"build", "plan", "export", "best_of_n"},
     {"rounds"},
     {"sampling", "scoring", "training", "evaluation", "store", "report", "card", "display"},
     {"algorithms", "pipelines", "reward_models"},

@@ -1,6 +1,6 @@
 """Every claim, one after the other on each core; finished runs are reused, so this can be broken off and begun again.
 
-    python -m benchmarks.claims
+python -m benchmarks.claims
 """
 
 from __future__ import annotations

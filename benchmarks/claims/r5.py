@@ -67,6 +67,7 @@ def main() -> None:
     trained, _, reported = captions()
     shared = {
         "seed": options.seed,
+        "model.scheduler": "DDIMScheduler",  # whose steps DDPO can make random
         "prompts.source": trained,
         "prompts.per_round": None,
         "sampling.samples_per_prompt": 10,

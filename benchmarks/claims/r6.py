@@ -36,7 +36,7 @@ def main() -> None:
     fell = evaluations[-1].gains["shapes-oracle"]
     verdict(
         "R6",
-        peak < len(oracle) - 1 and fell.high < 0 and reward[-1] > reward[0] and result.verdict.kind != "healthy",
+        0 < peak < len(oracle) - 1 and fell.high < 0 and reward[-1] > reward[0] and result.verdict.kind != "healthy",
         f"reward {reward[0]:.2f} -> {reward[-1]:.2f}; oracle peaks after round {peak} and ends at {show(fell)} of the "
         f"base; the run says: {result.verdict.message}",
     )

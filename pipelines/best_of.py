@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import logging
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -62,35 +62,41 @@ class BestOf:
         call = dict(zip(inspect.signature(self.pipeline.__call__).parameters, args, strict=False)) | kwargs
         _check_call(call)
         as_output = call.pop("return_dict", True)
-        each = call.pop("num_images_per_prompt", None) or 1
-        sizes = [min(self.batch_size, self.n - start) for start in range(0, self.n, self.batch_size)]
-        outputs = [self.pipeline(**call | ({"num_images_per_prompt": each * k} if each * k > 1 else {})) for k in sizes]
-        prompts = [call["prompt"]] if isinstance(call["prompt"], str) else call["prompt"]
-        places = [
-            [(output, i * k + j) for output, k in zip(outputs, sizes, strict=True) for j in range(k)]
-            for i in range(len(prompts) * each)
-        ]
-        rewards = self._judge([_sample(prompts[i // each], *drawn) for i, place in enumerate(places) for drawn in place])
-        best = [max(range(i * self.n, (i + 1) * self.n), key=lambda k: _rank(rewards[k])) for i in range(len(places))]
-        output = _joined([places[k // self.n][k % self.n] for k in best])
-        output.rewards = [rewards[k] for k in best]
+        rows = self._draw(call)
+        rewards = self._judge(rows)
+        best = [_best(reward_K) for reward_K in rewards]
+        output = _joined([row[k] for row, k in zip(rows, best, strict=True)])
+        output.rewards = [reward_K[k] for reward_K, k in zip(rewards, best, strict=True)]
         if missing := sum(map(math.isnan, output.rewards)):
             logger.warning("%d of %d pictures have no reward; they are the first candidates", missing, len(best))
-        return output if as_output else output.to_tuple()
+        return output if as_output else tuple(getattr(output, field.name) for field in fields(output))
 
     def to(self, *args: Any, **kwargs: Any) -> BestOf:
         """The pipeline's own `to`; still the best of n."""
         self.pipeline.to(*args, **kwargs)
         return self
 
-    def _judge(self, samples: Sequence[Sample]) -> list[float]:
-        """The samples' rewards, NaN for those that are flawed or failed."""
-        judged = [i for i, sample in enumerate(samples) if sample.flaw is None]
-        rewards = [math.nan] * len(samples)
-        values = self.reward.score([samples[i] for i in judged]).tolist() if judged else []
-        for i, value in zip(judged, values, strict=True):
-            rewards[i] = value if math.isfinite(value) else math.nan
-        return rewards
+    def _draw(self, call: dict[str, Any]) -> list[list[_Candidate]]:
+        """The n candidates for each picture of the output."""
+        prompts = [call["prompt"]] if isinstance(call["prompt"], str) else call["prompt"]
+        each = call.pop("num_images_per_prompt", None) or 1
+        rows: list[list[_Candidate]] = [[] for _ in range(len(prompts) * each)]
+        while len(rows[0]) < self.n:
+            at_once = min(self.batch_size, self.n - len(rows[0]))
+            if each * self.batch_size > 1:  # not every pipeline has this argument
+                call["num_images_per_prompt"] = each * at_once
+            output = self.pipeline(**call)
+            for i, row in enumerate(rows):
+                row += [_Candidate(prompts[i // each], output, i * at_once + k) for k in range(at_once)]
+        return rows
+
+    def _judge(self, rows: Sequence[Sequence[_Candidate]]) -> list[list[float]]:
+        """The candidates' rewards, NaN for those that are flawed or failed."""
+        samples = [candidate.sample() for row in rows for candidate in row]
+        judged = [sample for sample in samples if sample.flaw is None]
+        values = iter(_finite(self.reward.score(judged).tolist()) if judged else [])
+        rewards = [next(values) if sample.flaw is None else math.nan for sample in samples]
+        return [rewards[start : start + self.n] for start in range(0, len(rewards), self.n)]
 
     def __getattr__(self, name: str) -> Any:
         if "pipeline" not in vars(self):  # while it is being copied
@@ -119,37 +125,51 @@ def _check_call(call: dict[str, Any]) -> None:
         raise ConfigError("best-of-n judges pictures, not latents: give output_type 'pil', 'np' or 'pt'")
 
 
-def _rank(reward: float) -> float:
-    return -math.inf if math.isnan(reward) else reward
+def _finite(values: Sequence[float]) -> list[float]:
+    return [value if math.isfinite(value) else math.nan for value in values]
 
 
-def _sample(prompt: str, output: Any, index: int) -> Sample:
-    """One picture of a pipeline's output, as a reward sees it."""
-    image = _pixels(output.images[index])
-    flaw = "black image" if int(image.max()) <= BLACK else None
-    if (getattr(output, "nsfw_content_detected", None) or {index: False})[index]:
-        flaw = "blacked out by the safety checker"
-    return Sample(id=f"{index}", prompt=Prompt(text=prompt), seed=0, image=image, flaw=flaw)
+def _best(reward_K: Sequence[float]) -> int:
+    """The index of the highest reward, the first of equal ones; NaN is lower than any."""
+    return max(range(len(reward_K)), key=lambda k: -math.inf if math.isnan(reward_K[k]) else reward_K[k])
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """One picture of an output of the pipeline."""
+
+    prompt: str
+    output: Any
+    index: int
+
+    def sample(self) -> Sample:
+        """As a reward sees it."""
+        image = _pixels(self.output.images[self.index])
+        flaw = "black image" if int(image.max()) <= BLACK else None
+        if (unsafe := getattr(self.output, "nsfw_content_detected", None)) and unsafe[self.index]:
+            flaw = "picture blacked out by the safety checker"
+        return Sample(id=str(self.index), prompt=Prompt(text=self.prompt), seed=0, image=image, flaw=flaw)
 
 
 def _pixels(image: Any) -> torch.Tensor:
-    """A PIL image, an array [height, width, 3] or a tensor [3, height, width] of 0 to 1, as uint8 [3, height, width]."""
+    """uint8 [3, height, width] from a PIL image, or from an array [height, width, 3] or tensor [3, height, width] of
+    0 to 1."""
     if isinstance(image, Image.Image):
         return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
     values = image if isinstance(image, torch.Tensor) else torch.from_numpy(image).permute(2, 0, 1)
     return (values.float().nan_to_num() * 255).round().clamp(0, 255).to("cpu", torch.uint8)
 
 
-def _joined(rows: Sequence[tuple[Any, int]]) -> Any:
-    """One output of some rows of others; what has no row for each picture is the first one's."""
-    first = rows[0][0]
+def _joined(chosen: Sequence[_Candidate]) -> Any:
+    """The chosen pictures in one output; what is not a value for each picture is that of the first."""
+    first = chosen[0].output
 
     def joined(name: str) -> Any:
         value = getattr(first, name)
         if not hasattr(value, "__len__") or len(value) != len(first.images):
             return value
-        picked = [getattr(output, name)[index] for output, index in rows]
+        picked = [getattr(candidate.output, name)[candidate.index] for candidate in chosen]
         stack = torch.stack if isinstance(value, torch.Tensor) else np.stack if isinstance(value, np.ndarray) else list
         return stack(picked)
 
-    return type(first)(**{field.name: joined(field.name) for field in dataclasses.fields(first)})
+    return type(first)(**{field.name: joined(field.name) for field in fields(first)})

@@ -17,13 +17,15 @@ from rich.table import Table
 
 from .build import as_reward, build_reward, default_device
 from .config import RewardConfig
-from .errors import ConfigError, ScoringError
+from .errors import ScoringError
 from .evaluation import paired_interval
 from .pipelines.best_of import BestOf, check_n
 from .protocols import Modality, Policy, Reward
 from .scoring import WeightedReward, check_rewards, score
 from .selection import best_of_group, by_reward
 from .types import Group, Prompt, Sample, Scored
+
+COMBINED = "combined"
 
 
 def best_of(
@@ -154,13 +156,29 @@ def table(found: Sequence[Best]) -> Table:
     shown = Table("reward", "mean of all", "mean of the best", "gain", "95% interval", box=None, pad_edge=False)
     prompts = [one.group.prompt.id for one in found]
     names = list(found[0].scored.parts)
-    values: dict[str, Callable[[Scored], float]] = {name: lambda s, name=name: s.parts[name] for name in names}
-    if len(names) > 1:
-        values["combined"] = by_reward
-    for name, value in values.items():
-        every = [fmean(map(value, one.group.ranked)) for one in found]
-        top = [value(one.scored) for one in found]
+    for name in [*names, COMBINED] if len(names) > 1 else names:
+        top = [_value(one.scored, name) for one in found]
+        every = [fmean(_value(scored, name) for scored in one.group.ranked) for one in found]
         gain = paired_interval([t - e for t, e in zip(top, every, strict=True)], prompts)
-        interval = f"{gain.low:.4g} to {gain.high:.4g}"
-        shown.add_row(name, f"{fmean(every):.4g}", f"{fmean(top):.4g}", f"{gain.mean:+.4g}", interval)
+        interval = f"{gain.low:.4g} to {gain.high:.4g}" if gain.count > 1 else "one prompt: none"
+        mean = round(fmean(every), 9) + 0.0  # that of standardized values is 0 but for its last bit
+        shown.add_row(name, f"{mean:.4g}", f"{fmean(top):.4g}", f"{gain.mean:+.4g}", interval)
     return shown
+
+
+def _value(scored: Scored, name: str) -> float:
+    return by_reward(scored) if name == COMBINED else scored.parts.get(name, math.nan)
+
+
+def summary(groups: Sequence[Group]) -> str:
+    """What was drawn, what could not be scored, and the bound."""
+    n = len(groups[0].samples)
+    failed = sum(n - len(group.ranked) for group in groups)
+    empty = sum(not group.ranked for group in groups)
+    parts = [f"best of {n}, {len(groups)} times: {n * len(groups)} candidates"]
+    if failed:
+        parts.append(f"{failed} without a score")
+    if empty:
+        parts.append(f"{empty} of the {len(groups)} pictures without any, left out")
+    bound = f"KL(best of {n} || model) <= log {n} - {n - 1}/{n} = {kl_bound(n):.3f} nats"
+    return f"{', '.join(parts)}; {bound}"

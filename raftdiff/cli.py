@@ -313,12 +313,12 @@ def _sample(known: argparse.Namespace, settings: Sequence[str]) -> None:
     from .pipelines.loading import load_lora, load_pipeline
     from .report import image_grid
 
-    if known.best_of is None and known.reward:
-        raise ConfigError("--reward ranks candidates: give --best-of N too, or score pictures with `raftdiff score`")
-    if known.best_of is not None and not known.reward:
-        raise ConfigError(f"--best-of {known.best_of} needs a --reward to rank by; `raftdiff list` names them")
     if known.best_of is not None:
         best_of_n.check_n(known.best_of)
+        if not known.reward:
+            raise ConfigError(f"--best-of {known.best_of} needs a --reward to rank by; `raftdiff list` names them")
+    elif known.reward:
+        raise ConfigError("--reward ranks candidates: give --best-of N too, or score pictures with `raftdiff score`")
     prompts = _prompts(known.prompts)
     rewards = [build_reward(config, device=default_device()) for config in _rewards(known)]
     pipeline = load_pipeline(ModelConfig(path=known.model), default_device())
@@ -352,7 +352,7 @@ def _sample(known: argparse.Namespace, settings: Sequence[str]) -> None:
     image_grid(images, known.seeds, scale=max(1, 128 // images[0].shape[-1])).save(known.out / "grid.png")
     if rewards:
         console.print(best_of_n.table(found))
-        console.print(best_of_n.summary(groups), highlight=False, markup=False)
+        console.print(best_of_n.summary(groups), highlight=False, markup=False, soft_wrap=True)
     console.print(f"{len(samples)} images in {known.out}, all on {known.out / 'grid.png'}", markup=False)
 
 

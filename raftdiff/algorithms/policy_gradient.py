@@ -105,7 +105,8 @@ class PolicyGradient(Algorithm):
         0, which would teach nothing."""
         advantage = group_relative(groups, deviation=self.std, floor=self.std_floor)
         samples = [scored.sample for group in groups for scored in group.ranked if advantage.get(scored.sample.id)]
-        logger.info("round %d: %d of %d samples have an advantage", round, len(samples), len(advantage))
+        if without := len(advantage) - len(samples):
+            logger.info("round %d: %d of %d samples have no advantage over others", round, without, len(advantage))
         limit = self.max_advantage
         return [
             Example(sample=sample, weight=min(max(advantage[sample.id], -limit), limit), step=step)

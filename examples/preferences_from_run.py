@@ -7,20 +7,17 @@ raftdiff train run.yaml                              # with algorithm.options.so
 from __future__ import annotations
 
 import json
-import math
 import sys
 from collections.abc import Iterator
-from itertools import groupby
 from pathlib import Path
 
-import torch
 from PIL import Image
 
 from raftdiff.algorithms.dpo import Dpo
 from raftdiff.config import load_config
-from raftdiff.scoring import combined
+from raftdiff.scoring import by_prompt, stored
 from raftdiff.store import SampleStore
-from raftdiff.types import Example, Group, Phase, Sample
+from raftdiff.types import Example, Phase, Sample
 
 
 def preferences(run: Path) -> Iterator[Example]:
@@ -28,11 +25,7 @@ def preferences(run: Path) -> Iterator[Example]:
     config, store = load_config(run / "config.yaml"), SampleStore(run)
     weights = {reward.label or reward.name: reward.weight for reward in config.rewards}
     for round in store.rounds():
-        samples, scores = store.read_samples(round), store.read_scores(round)
-        values = {name: torch.tensor([scores[name].get(s.id, math.nan) for s in samples]) for name in weights}
-        scored = combined(samples, values, weights, config.combine)
-        by_prompt = groupby(sorted(scored, key=lambda s: s.sample.id), key=lambda s: s.sample.prompt)
-        groups = [Group(prompt=prompt, samples=tuple(of_prompt)) for prompt, of_prompt in by_prompt]
+        groups = by_prompt(stored(store, round, weights, config.combine))
         yield from Dpo().select(groups, round=round, seed=config.seed, phase=Phase(grown=round))
 
 

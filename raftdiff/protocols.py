@@ -86,7 +86,7 @@ class Reward(Protocol):
         ...
 
 
-class GivesLogProb(Protocol):
+class GivesLogProb(Policy, Protocol):
     """A policy whose trajectories have a likelihood: what policy gradients need."""
 
     log_prob_rounding: float
@@ -98,7 +98,7 @@ class GivesLogProb(Protocol):
         ...
 
 
-class GivesDenoised(Protocol):
+class GivesDenoised(Policy, Protocol):
     """A policy that says what it takes noised latents for: what forward-process losses need."""
 
     def denoised(self, samples: Sequence[Sample], draw: Draw) -> Denoised: ...

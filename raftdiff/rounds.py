@@ -336,10 +336,7 @@ class _Stages:
                     batch_size=self.config.sampling.batch_size,
                     stop=self.stop,
                 )
-        groups: dict[str, list[Scored]] = {}
-        for s in scored:
-            groups.setdefault(s.sample.prompt.id, []).append(s)
-        return [Group(prompt=members[0].sample.prompt, samples=tuple(members)) for members in groups.values()]
+        return scoring.by_prompt(scored)
 
     def _score(
         self, samples: Sequence[Sample], rewards: Sequence[WeightedReward], store: SampleStore, round: int
@@ -589,10 +586,7 @@ class _Stages:
     def report(self, reports: Sequence[RoundReport]) -> Path:
         """Write report.html."""
         before, after = self._pictures(reports)
-        samples = self.store.read_samples(reports[-1].phase.grown)
-        scores = self.store.read_scores(reports[-1].phase.grown)
-        values = {n: torch.tensor([of.get(s.id, float("nan")) for s in samples]) for n, of in scores.items()}
-        scored = scoring.combined(samples, values, self.weights, self.config.combine) if values else []
+        scored = scoring.stored(self.store, reports[-1].phase.grown, self.weights, self.config.combine)
         ranked = sorted((s for s in scored if s.reward is not None), key=lambda s: -(s.reward or 0.0))
         return write_report(
             self.folder,

@@ -21,7 +21,7 @@ from .interrupts import StopRequest
 from .prompts import sample_seed
 from .protocols import Policy, Reward
 from .store import SampleStore
-from .types import Draw, Sample, Scored
+from .types import Draw, Group, Sample, Scored
 
 logger = logging.getLogger(__name__)
 
@@ -196,6 +196,21 @@ def _log_ratio(policy: Policy, samples: Sequence[Sample], draw: Draw, rows: slic
     with policy.reference():
         reference_B = policy.error(samples[rows], draw.rows(rows))
     return (reference_B - current_B).tolist()
+
+
+def by_prompt(scored: Sequence[Scored]) -> list[Group]:
+    """The samples of each prompt, prompts and samples in the order in which they come."""
+    groups: dict[str, list[Scored]] = {}
+    for s in scored:
+        groups.setdefault(s.sample.prompt.id, []).append(s)
+    return [Group(prompt=members[0].sample.prompt, samples=tuple(members)) for members in groups.values()]
+
+
+def stored(store: SampleStore, round: int, weights: Mapping[str, float], combine: Combine) -> list[Scored]:
+    """A round's samples with their rewards as the store has them; none where they were not scored."""
+    samples, scores = store.read_samples(round), store.read_scores(round)
+    values = {name: torch.tensor([of.get(s.id, math.nan) for s in samples]) for name, of in scores.items()}
+    return combined(samples, values, weights, combine) if values else []
 
 
 def score_parts(

@@ -81,21 +81,10 @@ def batch_of(policy: DiffusionPolicy) -> tuple[list[Sample], Draw]:
 
 def scheduler_inputs(pipeline: Any, **call: Any) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """(model output, timestep, scaled model input) of each step of the pipeline itself."""
-    seen = []
-    step = pipeline.scheduler.step
-
-    @functools.wraps(step)
-    def watched(model_output, t, x_t, *args, **kwargs):
-        scaled = x_t
-        if hasattr(pipeline.scheduler, "scale_model_input"):
-            scaled = pipeline.scheduler.scale_model_input(x_t, t)
-        seen.append((model_output, t, scaled))
-        return step(model_output, t, x_t, *args, **kwargs)
-
-    pipeline.scheduler.step = watched
     generators = [torch.Generator().manual_seed(seed) for seed in SEEDS]
     texts = [prompt.text for prompt in PROMPTS]
-    pipeline(texts, num_inference_steps=3, generator=generators, output_type="latent", **SIZE, **call)
+    with tiny_models.watched_steps(pipeline) as seen:
+        pipeline(texts, num_inference_steps=3, generator=generators, output_type="latent", **SIZE, **call)
     return seen
 
 

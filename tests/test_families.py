@@ -135,22 +135,8 @@ def apart(one: torch.Tensor, other: torch.Tensor) -> float:
 
 def scheduler_inputs(pipeline: Any, family: str, scale: float) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """(model output, timestep, scaled model input) of each step of the pipeline itself."""
-    seen = []
-    step = pipeline.scheduler.step
-
-    @functools.wraps(step)
-    def watched(model_output, t, x_t, *args, **kwargs):
-        scaled = x_t
-        if hasattr(pipeline.scheduler, "scale_model_input"):
-            scaled = pipeline.scheduler.scale_model_input(x_t, t)
-        seen.append((model_output, t, scaled))
-        return step(model_output, t, x_t, *args, **kwargs)
-
-    pipeline.scheduler.step = watched
-    try:
+    with tiny_models.watched_steps(pipeline) as seen:
         drawn(pipeline, family, output_type="latent", **guidance(family, scale))
-    finally:
-        del pipeline.scheduler.step
     return seen
 
 

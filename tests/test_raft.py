@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+from tiny_runs import PointPolicy
 
 from raftdiff.algorithms.raft import Raft
 from raftdiff.config import RunConfig
@@ -111,17 +112,6 @@ def test_prompts_with_no_scored_sample_give_nothing_and_are_named(caplog: pytest
         assert selected(Raft(), [group("a red circle", None, None), group("b", 1.0, None)]) == ["b-0"]
     assert "'a red circle'" in caplog.text and "1 prompts" in caplog.text
     assert select(Raft(min_margin=1.0), [group("a", None)]) == select(Raft(), []) == []
-
-
-class PointPolicy:
-    """A model with one parameter, its mean; the error of a sample is the mean squared distance of its latents."""
-
-    def __init__(self) -> None:
-        self.mean = torch.nn.Parameter(torch.tensor(1.0))
-
-    def error(self, samples: Sequence[Sample], draw: Draw) -> torch.Tensor:
-        latents = torch.stack([s.latents for s in samples if s.latents is not None]) + draw.noise
-        return (latents - self.mean).square().flatten(1).mean(1)
 
 
 def test_the_loss_is_the_weighted_error_and_no_reward_or_kl_enters_it():

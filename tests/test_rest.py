@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from tiny_runs import Told, exported, in_child, pipeline_run, redness, three_weights_run, tiny_config
+from tiny_runs import PointPolicy, Told, exported, in_child, pipeline_run, redness, three_weights_run, tiny_config
 
 from raftdiff.algorithms.raft import Raft
 from raftdiff.algorithms.rest import Rest
@@ -162,17 +162,6 @@ def test_oac_weighs_by_the_advantage_in_its_deviations_and_clips_it():
     rest = Rest(rule="global", thresholds=[0.0], loss_type="oac", advantage_clip=1.2)
     assert weights(rest, groups) == pytest.approx({"a-0": 0.2, "a-1": -0.2, "b-0": 1.2, "b-1": -1.2})
     assert select(rest, [group("a", 3.0, 3.0)]) == []  # no advantage, nothing to learn
-
-
-class PointPolicy:
-    """A model with one parameter, its mean; the error of a sample is the squared distance of its latents."""
-
-    def __init__(self) -> None:
-        self.mean = torch.nn.Parameter(torch.tensor(1.0))
-
-    def error(self, samples: Sequence[Sample], draw: Draw) -> torch.Tensor:
-        latents = torch.stack([s.latents for s in samples if s.latents is not None]) + draw.noise
-        return (latents - self.mean).square().flatten(1).mean(1)
 
 
 def test_a_negative_weight_pushes_away():

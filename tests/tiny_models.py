@@ -5,7 +5,9 @@ Pictures are 16x16 pixels by default and latents 8x8. The weights are a function
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -195,3 +197,24 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "sd3": stable_diffusion_3,
     "flux": flux,
 }
+
+
+@contextmanager
+def watched_steps(pipeline: Any) -> Iterator[list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]]:
+    """While open, (model output, timestep, scaled model input) of each scheduler step of the pipeline are added."""
+    seen: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+    step = pipeline.scheduler.step
+
+    @functools.wraps(step)
+    def watched(model_output, t, x_t, *args, **kwargs):
+        scaled = x_t
+        if hasattr(pipeline.scheduler, "scale_model_input"):
+            scaled = pipeline.scheduler.scale_model_input(x_t, t)
+        seen.append((model_output, t, scaled))
+        return step(model_output, t, x_t, *args, **kwargs)
+
+    pipeline.scheduler.step = watched
+    try:
+        yield seen
+    finally:
+        del pipeline.scheduler.step

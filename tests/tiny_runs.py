@@ -37,6 +37,17 @@ def redness(images: Sequence[Any], prompts: Sequence[str]) -> list[float]:
     return [float(red - blue) for red, _, blue in means]
 
 
+class PointPolicy:
+    """A model with one parameter, its mean; the error of a sample is the mean squared distance of its latents."""
+
+    def __init__(self) -> None:
+        self.mean = torch.nn.Parameter(torch.tensor(1.0))
+
+    def error(self, samples: Sequence[Sample], draw: Draw) -> torch.Tensor:
+        latents = torch.stack([s.latents for s in samples if s.latents is not None]) + draw.noise
+        return (latents - self.mean).square().flatten(1).mean(1)
+
+
 class ThreeWeights:
     """A whole policy in three weights: a picture is noise with one color added to it, and the color is trained."""
 

@@ -8,13 +8,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-
 from benchmarks.claims.rest_runs import two_grows
 from benchmarks.common import arguments, show, table, verdict
 from raftdiff.algorithms.rest import Rest
 from raftdiff.config import RunConfig, load_config
-from raftdiff.scoring import combined
+from raftdiff.scoring import by_prompt, stored
 from raftdiff.store import SampleStore
 from raftdiff.types import Group, Phase, Sample
 
@@ -23,14 +21,8 @@ GLOBAL = (0.5, 0.7, 0.8, 0.9)
 
 def groups_of(folder: Path, config: RunConfig) -> list[Group]:
     """The first Grow of a run, as its selection saw it."""
-    store = SampleStore(folder)
-    samples, scores = store.read_samples(1), store.read_scores(1)
-    values = {name: torch.tensor([of[s.id] for s in samples]) for name, of in scores.items()}
     weights = {reward.label or reward.name: reward.weight for reward in config.rewards}
-    by_prompt: dict[str, list] = {}
-    for scored in combined(samples, values, weights, config.combine):
-        by_prompt.setdefault(scored.sample.prompt.id, []).append(scored)
-    return [Group(prompt=of[0].sample.prompt, samples=tuple(of)) for of in by_prompt.values()]
+    return by_prompt(stored(SampleStore(folder), 1, weights, config.combine))
 
 
 def prompts_in(samples: list[Sample]) -> int:

@@ -26,14 +26,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import get_args
 
 import torch
 
 from ..config import RunConfig
 from ..errors import ConfigError
 from ..losses import forward_process
-from ..protocols import Algorithm
+from ..protocols import Algorithm, GivesDenoised
 from ..registry import nearest
 from ..selection import Deviation, group_relative
 from ..types import Batch, Example, Group, Phase
@@ -92,7 +92,7 @@ class Nft(Algorithm):
             if scored.sample.id in advantage
         ]
 
-    def loss(self, policy: Any, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def loss(self, policy: GivesDenoised, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The loss of each sample; policy, average and base share noise, timesteps and dropped prompts."""
         with torch.no_grad(), batch.averaged():
             old = policy.denoised(batch.samples, batch.draw)

@@ -25,7 +25,7 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -33,7 +33,7 @@ import torch
 from ..config import RunConfig
 from ..errors import ConfigError, TrainingError
 from ..losses import clipped_ratio, kl_estimate
-from ..protocols import Algorithm
+from ..protocols import Algorithm, GivesLogProb
 from ..registry import nearest
 from ..selection import Deviation, group_relative
 from ..types import Batch, Example, Group, Phase, Sample, Trajectory
@@ -121,7 +121,7 @@ class PolicyGradient(Algorithm):
         rng = np.random.default_rng([seed, round, sample.seed])
         return sorted(rng.choice(steps, self.steps_per_sample, replace=False).tolist())
 
-    def loss(self, policy: Any, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def loss(self, policy: GivesLogProb, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The loss of each step, and how far its ratio has moved.
 
         Raises:

@@ -175,7 +175,7 @@ def guidance_label(scale: float) -> str:
 
 
 def role_of_metric(name: str, trained: Collection[str]) -> Literal["trained", "not trained on", ""]:
-    if name == "diversity":
+    if name in ("diversity", "drift"):
         return ""
     return "trained" if name == "reward" or name in trained else "not trained on"
 

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -37,7 +37,6 @@ from raftdiff.pipelines.replay import GuidanceArgument
 from raftdiff.types import Prompt
 
 GPU = torch.cuda.is_available()
-DTYPE = "bf16" if GPU else "fp32"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,10 +52,11 @@ class Load:
     """Of denoising."""
     training_rows: int
     """Of one optimizer step."""
+    dtype: Literal["bf16", "fp32"] = "bf16"
 
 
-SHAPES = Load(side=32, prompts=4, candidates=8, steps=10, training_rows=32)
-ON_CPU = Load(side=256, prompts=2, candidates=1, steps=2, training_rows=2)
+SHAPES = Load(side=32, prompts=8, candidates=8, steps=10, training_rows=32)  # as in the demo
+ON_CPU = Load(side=256, prompts=2, candidates=1, steps=2, training_rows=2, dtype="fp32")
 ON_GPU = {
     "sd15": Load(side=512, prompts=4, candidates=8, steps=10, training_rows=16),
     "sdxl": Load(side=1024, prompts=4, candidates=2, steps=10, training_rows=4),
@@ -87,12 +87,15 @@ def main() -> None:
         repeats=3,
         json="",
     )
-    rate = matmul_rate()
-    figures = [Figure(model="", what=f"{DTYPE} matrix product, the best", value=rate / 1e12, unit="TFLOP/s")]
+    figures: list[Figure] = []
     for name in options.models:
         load = SHAPES if name == "shapes" else ON_GPU[name] if GPU else ON_CPU
         changes = {"side": options.side, "steps": options.steps}
         load = Load(**asdict(load) | {key: value for key, value in changes.items() if value and name != "shapes"})
+        rate = matmul_rate(load.dtype)
+        figures.append(
+            Figure(model=name, what=f"{load.dtype} matrix product, the best", value=rate / 1e12, unit="TFLOP/s")
+        )
         counted: dict[str, float] = {}
         for attention, compiled in itertools.product(options.attention, options.compile):
             model = ModelConfig(attention=attention, compile=compiled == "on")
@@ -164,20 +167,20 @@ def subject(name: str, model: ModelConfig, load: Load) -> DiffusionPolicy:
     sizes = {} if name == "shapes" else {"height": load.side, "width": load.side}
     config: RunConfig = parse_config(
         {
-            "model": model.model_dump() | {"dtype": DTYPE} | sizes,
+            "model": model.model_dump() | {"dtype": load.dtype} | sizes,
             "adapter": {"rank": 8},
             "sampling": {
                 "num_inference_steps": load.steps,
                 "guidance_scale": 1.0,
                 "batch_size": load.prompts * load.candidates,
             },
-            "training": {"precision": DTYPE, "caption_dropout": 0.0},
+            "training": {"precision": load.dtype, "caption_dropout": 0.0},
         },
         where="benchmark",
     )
     if name == "shapes":
         return build_policy(config, load_pipeline(config.model, device))
-    with made_on(device, DTYPES[DTYPE]):
+    with made_on(device, DTYPES[load.dtype]):
         pipeline = ARCHITECTURES[name]()
     return build_policy(config, pipeline)
 
@@ -344,11 +347,11 @@ def flops_of(function: Callable[[], Any]) -> int:
     return counter.get_total_flops()
 
 
-def matmul_rate() -> float:
+def matmul_rate(dtype: str) -> float:
     """The best of ten products of large square matrices, in operations a second."""
     size = 8192 if GPU else 1024
     device = "cuda" if GPU else "cpu"
-    a, b = (torch.randn(size, size, device=device, dtype=DTYPES[DTYPE]) for _ in range(2))
+    a, b = (torch.randn(size, size, device=device, dtype=DTYPES[dtype]) for _ in range(2))
     seconds = []
     for _ in range(11):
         began = clock()

@@ -8,7 +8,7 @@ export HF_HUB_OFFLINE = 1
 export HF_HUB_DISABLE_TELEMETRY = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo compare claims test lint docs-check clean
+.PHONY: help install demo demo-text app compare claims test test-app lint docs-check clean
 
 help: ## List these targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,6 +29,12 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: .venv ## Align the embedded model from start to finish, on any laptop.
 	@$(BIN)/raftdiff demo
 
+demo-text: .venv ## Align the embedded language model at translation, on any laptop.
+	@$(BIN)/raftdiff demo text
+
+app: .venv ## Open the web app on the embedded model and the runs in runs/.
+	@$(BIN)/raftdiff app
+
 compare: .venv ## Compare the algorithms on the embedded model at an equal budget (about half an hour).
 	@$(BIN)/raftdiff compare examples/compare.yaml
 
@@ -37,6 +43,12 @@ claims: .venv ## Check the papers' claims on the embedded model (about an hour; 
 
 test: .venv ## Run the tests.
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+test-app: .venv ## Test the web app in a real browser; installs playwright, and chromium on Debian.
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,browser]'
+	@command -v chromium >/dev/null || (apt-get update -qq && apt-get install -y -qq chromium >/dev/null)
+	@touch $(INSTALLED)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'app or not app' tests/test_app_*.py
 
 lint: .venv ## Check style and types.
 	@$(BIN)/ruff check

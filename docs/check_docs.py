@@ -33,7 +33,8 @@ _HTML_LINK = re.compile(r"<(?:a|img)\b[^>]*?\b(?:href|src)=\"(?P<inline>[^\"]+)\
 _CODE = re.compile(r"(`+)(.+?)\1")
 _PATH = re.compile(rf"(?:{'|'.join(FOLDERS)})/[\w./-]*")
 _COMMAND = re.compile(
-    r"(?:^|[;&|(]|\$ )\s*(?:\w+=\S* +)*(?:\S*/)?raftdiff +(?P<subcommand>shapes +[a-z]+|[a-z][\w-]*)(?P<rest>[^;&|#]*)"
+    r"(?:^|[;&|(]|\$ )\s*(?:\w+=\S* +)*(?:\S*/)?raftdiff +"
+    r"(?P<subcommand>(?:shapes|preference) +[a-z]+|[a-z][\w-]*)(?P<rest>[^;&|#]*)"
 )
 _OPTION = re.compile(r"(?<=\s)--[a-z][\w.-]*")
 _MAKE = re.compile(r"(?:^|[;&|(]|\$ )\s*make +(?P<target>[a-z][\w-]*)", re.MULTILINE)

@@ -15,7 +15,8 @@ from PIL import Image
 
 from raftdiff.algorithms.dpo import Dpo
 from raftdiff.config import load_config
-from raftdiff.scoring import by_prompt, stored
+from raftdiff.report import read_metrics
+from raftdiff.scoring import by_prompt, combination, stored
 from raftdiff.store import SampleStore
 from raftdiff.types import Example, Phase, Sample
 
@@ -23,9 +24,9 @@ from raftdiff.types import Example, Phase, Sample
 def preferences(run: Path) -> Iterator[Example]:
     """Pairs by the combined reward of the run's configuration."""
     config, store = load_config(run / "config.yaml"), SampleStore(run)
-    weights = {reward.label or reward.name: reward.weight for reward in config.rewards}
+    reports = read_metrics(run / "metrics.jsonl")
     for round in store.rounds():
-        groups = by_prompt(stored(store, round, weights, config.combine))
+        groups = by_prompt(stored(store, round, combination(config, reports, grown=round)))
         yield from Dpo().select(groups, round=round, seed=config.seed, phase=Phase(grown=round))
 
 

@@ -17,7 +17,7 @@ from raftdiff.errors import ConfigError
 from raftdiff.protocols import Reward
 from raftdiff.types import Prompt, Sample
 
-from .diffusion import BLACK
+from .diffusion import flaw_of
 
 logger = logging.getLogger(__name__)
 
@@ -145,9 +145,8 @@ class _Candidate:
     def sample(self) -> Sample:
         """As a reward sees it."""
         image = _pixels(self.output.images[self.index])
-        flaw = "black image" if int(image.max()) <= BLACK else None
-        if (unsafe := getattr(self.output, "nsfw_content_detected", None)) and unsafe[self.index]:
-            flaw = "picture blacked out by the safety checker"
+        unsafe = getattr(self.output, "nsfw_content_detected", None)
+        flaw = flaw_of(image, unsafe=bool(unsafe and unsafe[self.index]))
         return Sample(id=str(self.index), prompt=Prompt(text=self.prompt), seed=0, image=image, flaw=flaw)
 
 

@@ -31,12 +31,14 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
 from raftdiff.batches import Batches
-from raftdiff.config import AdapterConfig, Dtype, Timesteps
-from raftdiff.errors import ConfigError, DataError, WeightsError
+from raftdiff.config import AdapterConfig, Dtype, ModelConfig, RunConfig, Timesteps
+from raftdiff.data import load_pictures, load_preferences
+from raftdiff.errors import ConfigError, DataError
+from raftdiff.sharding import is_split
 from raftdiff.types import Denoised, Draw, Prompt, Sample, Trajectory
 
-from .loading import DTYPES
-from .lora import Format, Lora, adapters_on, check_weights, fingerprint
+from .loading import DTYPES, compile_denoiser, configure, load_pipeline
+from .lora import Format, Lora, adapters_on, check_state, check_weights, fingerprint, load_line
 from .replay import (
     GuidanceArgument,
     LatentLayout,
@@ -46,6 +48,7 @@ from .replay import (
     TrajectoryRecorder,
     by_length,
     decoding,
+    on_device,
     planning,
 )
 from .schedule import NoiseSchedule, gaussian_log_prob
@@ -125,7 +128,7 @@ class DiffusionPolicy:
         self.error_space = error_space
         self.precision = DTYPES[precision]
         self.passes = 0
-        self._prompts = PromptRecord(inspect.signature(pipeline.encode_prompt))
+        self.forget_prompts()
         self._schedule = NoiseSchedule(pipeline.scheduler)
         self.timesteps = self._training_timesteps() if timesteps == "auto" else timesteps
         self._visited: torch.Tensor | None = None
@@ -140,6 +143,48 @@ class DiffusionPolicy:
         self._base: dict[str, torch.Tensor] | None = None
         self._attach()
         self.denoiser.eval()
+
+    @staticmethod
+    def load(model: ModelConfig, device: str = "cpu") -> Any:
+        """As `load_pipeline`."""
+        return load_pipeline(model, device)
+
+    @classmethod
+    def from_config(cls, config: RunConfig, pipeline: Any, *, needs: Sequence[str] = ()) -> DiffusionPolicy:
+        """The policy of a run; what its algorithm `needs`, such a policy has at any rate.
+
+        Raises:
+            ConfigError: as `configure` and the constructor; a scheduler that the pipeline cannot sample with.
+        """
+        sampling, training, model = config.sampling, config.training, config.model
+        call = dict(model.call)
+        fixed = {"height": model.height, "width": model.width, "negative_prompt": model.negative_prompt}
+        call |= {name: value for name, value in fixed.items() if value is not None}
+        configure(pipeline, model)
+        policy = cls(
+            pipeline,
+            config.adapter,
+            num_inference_steps=sampling.num_inference_steps,
+            trajectory_steps=sampling.trajectory_steps,
+            guidance_scale=sampling.guidance_scale,
+            batch_size=sampling.batch_size,
+            call=call,
+            training_guidance_scale=training.guidance_scale,
+            caption_dropout=training.caption_dropout,
+            snr_gamma=training.snr_gamma,
+            error_space=training.error_space,
+            timesteps=training.timesteps,
+            precision=training.precision,
+        )
+        if model.scheduler:
+            policy.check_scheduler()
+        if model.compile:
+            compile_denoiser(policy.denoiser)
+        return policy
+
+    def forget_prompts(self) -> None:
+        """Drop the encodings of the prompts so far, for a user whose prompts do not come again."""
+        self._prompts = PromptRecord(inspect.signature(self.pipeline.encode_prompt))
 
     def _training_timesteps(self) -> Timesteps:
         """Those of sampling where the pipeline says that its model was distilled to a few steps: by its configuration,
@@ -196,19 +241,7 @@ class DiffusionPolicy:
         return {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
 
     def load_adapter(self, state: Mapping[str, torch.Tensor]) -> None:
-        own = self.adapter_state()
-        unmatched = sorted(own.keys() ^ state.keys())
-        if unmatched:
-            raise WeightsError(
-                f"the adapter does not fit this model: {len(own.keys() & state.keys())} of {len(own)} weights match, "
-                f"{unmatched[0]!r} is only on one side; was it trained from another base or with other targets?"
-            )
-        for name, tensor in state.items():
-            if tensor.shape != own[name].shape:
-                raise WeightsError(
-                    f"the adapter does not fit this model: {name} is {list(tensor.shape)} in the file and "
-                    f"{list(own[name].shape)} in the model; was it trained with another rank or base?"
-                )
+        check_state(self.adapter_state(), state)
         if self._base is not None:
             with torch.no_grad():
                 for name, parameter in self.denoiser.named_parameters():
@@ -261,6 +294,13 @@ class DiffusionPolicy:
             raise ConfigError("full fine-tuning leaves no LoRA to read")
         return self._lora.read(folder)
 
+    def load_line(self, path: str) -> str:
+        """The Python that puts what was exported to `path` on `pipe`."""
+        if self._base is None:
+            return load_line(self.pipeline, self.denoiser_name, path)
+        kind, name = type(self.denoiser).__name__, self.denoiser_name
+        return f"pipe.{name} = {kind}.from_pretrained({path!r}, subfolder={name!r})"
+
     @property
     def device(self) -> torch.device:
         """Where the denoiser computes. Its own `device` and the pipeline's look for hooks in every module each time."""
@@ -285,6 +325,7 @@ class DiffusionPolicy:
             self.batch_size,
             "images at once (sampling.batch_size)",
             "set model.dtype: bf16, model.offload: components, model.vae_tiling or a smaller model.height and width",
+            fixed=is_split(self.denoiser),
         )
         samples = batches.run(
             len(prompts), lambda rows: self._sample_batch(prompts[rows], seeds[rows], scale, noise_level)
@@ -294,6 +335,7 @@ class DiffusionPolicy:
 
     def _sample_batch(self, prompts, seeds, guidance_scale, noise_level) -> list[Sample]:
         return by_length(
+            self.denoiser,
             lambda rows: self._sample_rows(
                 [prompts[i] for i in rows], [seeds[i] for i in rows], guidance_scale, noise_level
             ),
@@ -329,10 +371,17 @@ class DiffusionPolicy:
                 image=images[i],
                 latents=latents[i],
                 trajectory=trajectories[i],
-                flaw=_flaw(images[i], latents[i], bool(unsafe[i])),
+                flaw=flaw_of(images[i], latents[i], unsafe=bool(unsafe[i])),
             )
             for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))
         ]
+
+    def check_run(
+        self, prompts: Sequence[Prompt], *, noise_level: float | None = None, teacher: DiffusionPolicy | None = None
+    ) -> None:
+        """Raise ConfigError where the trajectories that a run needs cannot be had."""
+        if noise_level is not None:
+            self.check_trajectories()
 
     def check_trajectories(self) -> None:
         """Raise ConfigError unless the steps of the pipeline's scheduler can be made Gaussian."""
@@ -382,8 +431,8 @@ class DiffusionPolicy:
         return Denoised(x0=x0, predicted_x0=self._schedule.x0(prediction, x_t, t_B), prediction=prediction)
 
     def log_prob(self, samples: Sequence[Sample], steps: Sequence[int]) -> torch.Tensor:
-        """Log-density of one step of each sample's trajectory, mean over the latent dimensions, float32 [B], with the
-        guidance that it was sampled with, as u + g (c - u)."""
+        """Log-density of one step of each sample's trajectory, mean over the latent dimensions, float32 [B, 1], with
+        the guidance that it was sampled with, as u + g (c - u)."""
         device = self.device
         walks = [_trajectory(s) for s in samples]
         x_t, after = (
@@ -401,7 +450,7 @@ class DiffusionPolicy:
             unconditional = self.predict(x_t, t_B, [None] * len(samples))
             prediction = unconditional + scale * (prediction - unconditional)
         mean, deviation = self._schedule.step(prediction, x_t, t_B, next_B, walks[0].noise_level)
-        return gaussian_log_prob(after, mean, deviation)
+        return gaussian_log_prob(after, mean, deviation)[:, None]
 
     @property
     def log_prob_rounding(self) -> float:
@@ -439,6 +488,16 @@ class DiffusionPolicy:
             )
         return scheduler.timesteps.cpu()
 
+    def check_scheduler(self) -> None:
+        """Raise ConfigError where the pipeline does not know how to sample with its scheduler."""
+        try:
+            self._visited = self._plan()
+        except (TypeError, ValueError) as error:
+            raise ConfigError(
+                f"model.scheduler: {type(self.pipeline).__name__} cannot sample with "
+                f"{type(self.pipeline.scheduler).__name__} ({' '.join(str(error).split())[:200]}); leave it out"
+            ) from error
+
     def _prediction(self, samples: Sequence[Sample], draw: Draw, x_t: torch.Tensor, t_B: torch.Tensor) -> torch.Tensor:
         # A negative prompt says what a picture should not be: dropped prompts are then empty, not negative.
         empty = "" if self.call.get("negative_prompt") else None
@@ -466,6 +525,7 @@ class DiffusionPolicy:
             texts = [negative if text is None else text for text in texts]
         return torch.stack(
             by_length(
+                self.denoiser,
                 lambda rows: self._rows(x_t[rows], t_B[rows], [texts[i] for i in rows]),
                 list(range(len(texts))),
             )
@@ -487,6 +547,10 @@ class DiffusionPolicy:
             logger.info("%s takes one timestep at a time: training goes row by row", type(self.pipeline).__name__)
         return torch.cat(rows)
 
+    @functools.cached_property
+    def _on_device(self) -> Any:
+        return on_device(self.pipeline)
+
     def _one_step(
         self, x_t: torch.Tensor, t_B: torch.Tensor, texts: Sequence[str | None], guidance_scale: float
     ) -> torch.Tensor:
@@ -497,7 +561,7 @@ class DiffusionPolicy:
         pipeline = self.pipeline
         call = functools.partial(
             inspect.unwrap(type(pipeline).__call__),  # below the no_grad that pipelines wear
-            pipeline,
+            self._on_device,
             prompt=list(texts),
             num_inference_steps=1,
             generator=torch.Generator(self.device),  # torch's own is left as it is
@@ -538,17 +602,26 @@ class DiffusionPolicy:
             )
         self._guidance_is_linear = True
 
-    @torch.no_grad()
-    def encode_image(self, prompt: Prompt, image: torch.Tensor) -> Sample:
-        """A user's own picture, uint8 [3, H, W], as a training sample: the mean of the VAE's posterior, laid out as the
-        family denoises it.
+    def encode_outputs(self, prompts: Sequence[Prompt], images: Sequence[torch.Tensor]) -> list[Sample]:
+        """A user's own pictures of one size, each uint8 [3, H, W], as training samples: the mean of the VAE's
+        posterior, laid out as the family denoises it.
 
         Raises:
             ConfigError: the pipeline makes pictures of another size, or decodes its latents in a way of its own.
         """
+        remedy = "set model.vae_tiling, or model.dtype: bf16"
+        batches = Batches(self.batch_size, "pictures encoded at once (sampling.batch_size)", remedy)
+        latents = batches.run(len(images), lambda rows: self._encoded(torch.stack(list(images[rows]))))
+        return [
+            Sample(id=_picture_id(prompt, image), prompt=prompt, seed=0, image=image, latents=x0)
+            for prompt, image, x0 in zip(prompts, images, latents, strict=True)
+        ]
+
+    @torch.no_grad()
+    def _encoded(self, images: torch.Tensor) -> list[torch.Tensor]:
         vae, layout = self.pipeline.vae, self._latent_layout()
         dtype = vae.dtype
-        pixels = image.to(vae.device, layout.dtype).div(127.5).sub(1)[None]
+        pixels = images.to(vae.device, layout.dtype).div(127.5).sub(1)
         if len(layout.decoded_shape) == 4:  # a VAE of videos
             pixels = pixels[:, :, None]
         if layout.dtype != dtype:  # some families decode, and so encode, in a finer precision than they keep
@@ -556,15 +629,18 @@ class DiffusionPolicy:
         encoded = vae.encode(pixels)
         if layout.dtype != dtype:
             vae.to(dtype)
-        mean = (encoded.latent_dist.mean if hasattr(encoded, "latent_dist") else encoded.latent)[0]
-        if mean.shape != layout.decoded_shape:
+        means = encoded.latent_dist.mean if hasattr(encoded, "latent_dist") else encoded.latent
+        if means.shape[1:] != layout.decoded_shape:
             raise ConfigError(
-                f"a picture of {image.shape[-1]}x{image.shape[-2]} pixels is not of the size that this pipeline makes: "
-                "set model.width and model.height"
+                f"a picture of {images.shape[-1]}x{images.shape[-2]} pixels is not of the size that this pipeline "
+                "makes: set model.width and model.height"
             )
-        latents = layout.denoised(mean)
-        digest = hashlib.sha256(image.numpy().tobytes() + prompt.text.encode()).hexdigest()[:16]
-        return Sample(id=f"data-{digest}", prompt=prompt, seed=0, image=image, latents=latents)
+        return [layout.denoised(mean) for mean in means]
+
+    def read_own(self, path: str | Path, *, pairs: bool) -> Iterator[tuple[Any, ...]]:
+        """As `load_preferences`, or `load_pictures`, in the size that the pipeline makes."""
+        height, width = self.picture_size
+        return (load_preferences if pairs else load_pictures)(path, height=height, width=width)
 
     @property
     def picture_size(self) -> tuple[int, int]:
@@ -666,6 +742,10 @@ class DiffusionPolicy:
             counting.remove()
 
 
+def _picture_id(prompt: Prompt, image: torch.Tensor) -> str:
+    return f"data-{hashlib.sha256(image.numpy().tobytes() + prompt.text.encode()).hexdigest()[:16]}"
+
+
 def _latents(sample: Sample) -> torch.Tensor:
     if sample.latents is None:
         raise DataError(f"sample {sample.id} has no latents to train on")
@@ -678,10 +758,11 @@ def _trajectory(sample: Sample) -> Trajectory:
     return sample.trajectory
 
 
-def _flaw(image: torch.Tensor, latents: torch.Tensor, unsafe: bool) -> str | None:
+def flaw_of(image: torch.Tensor, latents: torch.Tensor | None = None, *, unsafe: bool) -> str | None:
+    """Why a picture, uint8 [3, H, W], must not be scored or trained on; None where nothing is wrong with it."""
     if unsafe:
         return "blacked out by the safety checker"
-    if not torch.isfinite(latents).all():
+    if latents is not None and not torch.isfinite(latents).all():
         return "latents that are not finite"
     if int(image.max()) <= BLACK:
         return "black image"

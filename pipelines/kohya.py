@@ -19,6 +19,9 @@ UNETS = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 TRANSFORMERS = ("StableDiffusion3Pipeline", "FluxPipeline")
 RENAMED = {"add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2"}
 """Layers that diffusers knows in such files by the name of the original SDXL alone."""
+BLOCKS = ("down_blocks.", "mid_block.", "up_blocks.")
+OUTSIDE = ("conv_in", "conv_out", "time_embedding.linear_1", "time_embedding.linear_2", *RENAMED)
+"""Layers of a UNet outside of its blocks that have a name there."""
 
 
 def kohya_state(pipeline: str, state: Mapping[str, torch.Tensor], rank: int, alpha: float) -> dict[str, torch.Tensor]:
@@ -30,7 +33,7 @@ def kohya_state(pipeline: str, state: Mapping[str, torch.Tensor], rank: int, alp
         rank, alpha: of all layers; the scale is alpha / rank.
 
     Raises:
-        ConfigError: other programs have no names for this family.
+        ConfigError: other programs have no names for this family, or for some of the layers.
     """
     if pipeline in UNETS:
         return _unet_state(state, alpha)
@@ -46,6 +49,12 @@ def kohya_state(pipeline: str, state: Mapping[str, torch.Tensor], rank: int, alp
 
 
 def _unet_state(state: Mapping[str, torch.Tensor], alpha: float) -> dict[str, torch.Tensor]:
+    layers = dict.fromkeys(name.split(".lora_")[0] for name in state)
+    if nameless := [layer for layer in layers if not layer.startswith(BLOCKS) and layer not in OUTSIDE]:
+        raise ConfigError(
+            f"these layers have no kohya name: {', '.join(nameless)}; train with adapter.targets: attention, or use "
+            "the folder `lora` of the run, which diffusers loads"
+        )
     renamed = {}
     for name, tensor in state.items():
         layer, part = name.split(".lora_")

@@ -70,13 +70,13 @@ def configure(pipeline: Any, model: ModelConfig) -> None:
         ConfigError: one that this pipeline or this device cannot follow.
         MissingExtraError: an attention kernel that is not installed.
     """
-    denoiser = _denoiser(pipeline)
+    denoiser = denoiser_of(pipeline)
     if denoiser is None or not hasattr(pipeline, "encode_prompt"):
         return  # DiffusionPolicy says what is wrong with such a pipeline
     _check_inputs(pipeline)
     _check_size(pipeline, denoiser, model)
     if model.scheduler:
-        pipeline.scheduler = _scheduler(model.scheduler, pipeline.scheduler)
+        pipeline.scheduler = _scheduler(model.scheduler, pipeline)
     if model.attention != "sdpa":
         _set_attention(denoiser, model.attention)
     if model.vae_slicing:
@@ -93,7 +93,8 @@ def configure(pipeline: Any, model: ModelConfig) -> None:
         offload_components(pipeline)
 
 
-def _denoiser(pipeline: Any) -> Any:
+def denoiser_of(pipeline: Any) -> Any:
+    """What is trained: the denoiser of a pipeline, or the model of a `LanguageModel`."""
     return getattr(pipeline, "unet", None) or getattr(pipeline, "transformer", None)
 
 
@@ -133,8 +134,10 @@ def size_multiple(pipeline: Any, denoiser: Any) -> int:
     return math.lcm(8, factor, processor.config.vae_scale_factor if processor else 1)
 
 
-def _scheduler(name: str, current: Any) -> Any:
+def _scheduler(name: str, pipeline: Any) -> Any:
     import diffusers
+
+    current = pipeline.scheduler
 
     names = [n for n in dir(diffusers) if n.endswith("Scheduler")]
     if name not in names:
@@ -144,7 +147,20 @@ def _scheduler(name: str, current: Any) -> Any:
     # call the shift of flow matching is flow_shift to others.
     implied = {"clip_sample": False, "shift": config.get("flow_shift", 1.0)}
     known = inspect.signature(kind).parameters
-    return kind.from_config({key: value for key, value in implied.items() if key in known} | config)
+    scheduler = kind.from_config({key: value for key, value in implied.items() if key in known} | config)
+    if _matches_flows(scheduler) != _matches_flows(current):
+        raise ConfigError(
+            f"model.scheduler: {name} {'is' if _matches_flows(scheduler) else 'is not'} for flow matching, unlike the "
+            f"{type(current).__name__} of this {type(pipeline).__name__}; leave it out, or give one of the same kind"
+        )
+    return scheduler
+
+
+def _matches_flows(scheduler: Any) -> bool:
+    kind, config = type(scheduler), scheduler.config
+    able = "use_flow_sigmas" in inspect.signature(kind).parameters  # by the configuration alone it cannot be told
+    told = config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction"
+    return kind.__name__.startswith("FlowMatch") or bool(able and told)
 
 
 def _set_attention(denoiser: Any, kernels: str) -> None:
@@ -194,7 +210,7 @@ def _switch_on(component: Any, method: str, setting: str) -> None:
 
 def offload_components(pipeline: Any) -> None:
     """Keep all but the denoiser on the CPU, and bring each layer to the device of the denoiser while it computes."""
-    denoiser = _denoiser(pipeline)
+    denoiser = denoiser_of(pipeline)
     [name] = [n for n, component in pipeline.components.items() if component is denoiser]
     pipeline.enable_group_offload(denoiser.device, offload_type="leaf_level", exclude_modules=name)
 
@@ -222,7 +238,7 @@ def load_lora(pipeline: Any, path: str) -> None:
     """
     if not Path(path).exists():
         raise WeightsError(f"{path}: there is no LoRA; a finished run has one in its folder `lora`")
-    denoiser = _denoiser(pipeline)
+    denoiser = denoiser_of(pipeline)
     try:
         if base_differs(denoiser, Path(path)):
             logger.warning("%s was trained from other weights than these: it loads, but was not measured on them", path)

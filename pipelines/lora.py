@@ -24,10 +24,11 @@ from peft.utils import (
 )
 from safetensors import safe_open
 from safetensors.torch import load_file, save
-from torch.distributed.tensor import DTensor
+from transformers.pytorch_utils import Conv1D
 
 from raftdiff.config import AdapterConfig
 from raftdiff.errors import ConfigError, WeightsError
+from raftdiff.sharding import is_split
 
 from .kohya import kohya_state
 
@@ -36,55 +37,72 @@ Format = Literal["diffusers", "kohya"]
 ADAPTER = "raftdiff"
 CHECK = "check"  # the adapter's name while what was written is read again
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
+LINEAR = (torch.nn.Linear, Conv1D)  # the latter are those of GPT-2, with weights that lie the other way
 PEFT_PREFIX = "base_model.model."  # of peft's own names
 HEADER = "raftdiff."  # before our names in the header of a safetensors file
 ROUNDING = {torch.float32: 1e-3, torch.float16: 2e-2}
 """How far two drawings of one model may be apart, of their length; in other formats 5e-2."""
 
 
-def lora_targets(denoiser: torch.nn.Module, targets: str | Sequence[str]) -> list[str]:
-    """Names of the layers of `denoiser` that carry the LoRA.
+def lora_targets(
+    denoiser: torch.nn.Module, targets: str | Sequence[str], attention: Sequence[str] = ATTENTION
+) -> list[str]:
+    """Names of the layers of `denoiser` that carry the LoRA; `attention` are the endings of attention projections.
 
     Raises:
         ConfigError: no layer has such a name.
     """
     if targets == "attention":
-        endings = ATTENTION
+        endings = list(attention)
     elif isinstance(targets, str):
-        kinds = (torch.nn.Linear,) if targets == "linear" else (torch.nn.Linear, torch.nn.Conv2d)
-        return [name for name, module in denoiser.named_modules() if isinstance(module, kinds)]
+        kinds = LINEAR if targets == "linear" else (*LINEAR, torch.nn.Conv2d)
+        # The layer that gives a language model's logits may share its weights with the embeddings.
+        last = getattr(denoiser, "get_output_embeddings", lambda: None)()
+        return [name for name, module in denoiser.named_modules() if isinstance(module, kinds) and module is not last]
     else:
         endings = list(targets)
     found = [
         name
         for name, module in denoiser.named_modules()
-        if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d))
+        if isinstance(module, (*LINEAR, torch.nn.Conv2d))
         and any(name == ending or name.endswith(f".{ending}") for ending in endings)
     ]
     if not found:
-        layers = sorted({n.rsplit(".", 1)[-1] for n, m in denoiser.named_modules() if isinstance(m, torch.nn.Linear)})
+        layers = sorted({n.rsplit(".", 1)[-1] for n, m in denoiser.named_modules() if isinstance(m, LINEAR)})
         raise ConfigError(f"adapter.targets: no layer is called {endings}; linear layers here: {', '.join(layers)}")
     return found
 
 
 class Lora:
-    """The LoRA on the denoiser of a pipeline.
+    """The LoRA on the denoiser of a pipeline, or on a language model.
 
-    Pipelines that can load a LoRA themselves get theirs in the format of diffusers, others (PixArt, HunyuanDiT) in
-    that of peft. Each file says in its header which base it was trained from.
+    Pipelines that can load a LoRA themselves get theirs in the format of diffusers, others (PixArt, HunyuanDiT) and
+    language models in that of peft. Each file says in its header which base it was trained from.
     """
 
-    def __init__(self, pipeline: Any, name: str, adapter: AdapterConfig):
-        """Attach a LoRA that changes nothing yet to the denoiser `pipeline.<name>`."""
+    def __init__(
+        self,
+        pipeline: Any,
+        name: str,
+        adapter: AdapterConfig,
+        *,
+        attention: Sequence[str] = ATTENTION,
+        task_type: str | None = None,
+    ):
+        """Attach a LoRA that changes nothing yet to the denoiser `pipeline.<name>`, whose attention projections have
+        the endings `attention`; `task_type` is peft's."""
         self.pipeline, self.name = pipeline, name
         self.denoiser = getattr(pipeline, name)
         self.base = {"base_fingerprint": fingerprint(self.denoiser), "base_dtype": _name_of(self.denoiser.dtype)}
+        targets = lora_targets(self.denoiser, adapter.targets, attention)
         self.config = LoraConfig(
             r=adapter.rank,
             lora_alpha=adapter.rank if adapter.alpha is None else adapter.alpha,
             lora_dropout=adapter.dropout,
-            target_modules=lora_targets(self.denoiser, adapter.targets),
+            target_modules=targets,
+            fan_in_fan_out=any(isinstance(self.denoiser.get_submodule(name), Conv1D) for name in targets),
             init_lora_weights="gaussian",
+            task_type=task_type,
         )
         with torch.random.fork_rng(devices=[]):  # the same LoRA initialisation in every process and every run
             torch.manual_seed(0)
@@ -133,7 +151,9 @@ class Lora:
             for file in _files(path):
                 _write(file, load_file(file), read_header(file) | header)
         else:
-            self._plain_config().save_pretrained(str(path))
+            config = self._plain_config()
+            config.base_model_name_or_path = metadata.get("base_model")
+            config.save_pretrained(str(path))
             renamed = {f"{PEFT_PREFIX}{name}": tensor for name, tensor in state.items()}
             _write(path / SAFETENSORS_WEIGHTS_NAME, _cast(renamed, dtype), {"format": "pt", **header})
 
@@ -164,17 +184,16 @@ class Lora:
         Raises:
             WeightsError: they do not draw the same.
         """
-        split = any(isinstance(parameter, DTensor) for parameter in self.denoiser.parameters())
         written = {tensor.dtype for file in _files(path) for tensor in load_file(file).values()}
         rounding = max(ROUNDING.get(dtype, 5e-2) for dtype in {self.denoiser.dtype, *written})
         with torch.compiler.set_stance("force_eager"):  # compiled layers would all be compiled anew
-            trained = None if split else draw()
+            trained = None if is_split(self.denoiser) else draw()
             with self._reloaded(path):
                 for name, layer in _layers(self.denoiser):
                     if CHECK not in layer.r or not _apart(*map(layer.get_delta_weight, (CHECK, ADAPTER))) <= rounding:
                         raise _refusal(path, f"its {name} is another one")
                 if trained is not None and not (apart := _apart(draw(), trained)) <= rounding:  # nor is it NaN
-                    raise _refusal(path, f"its pictures are {apart:.1%} off")
+                    raise _refusal(path, f"its outputs are {apart:.1%} off")
 
     def _load(self, path: Path) -> None:
         if hasattr(self.pipeline, "load_lora_weights"):
@@ -206,6 +225,22 @@ class Lora:
 def adapters_on(denoiser: torch.nn.Module) -> list[str]:
     """Names of the LoRAs that a denoiser carries."""
     return sorted({name for _, layer in _layers(denoiser) for name in layer.r})
+
+
+def check_state(own: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]) -> None:
+    """Raise WeightsError unless the tensors of `state` have the names and shapes of those that a model has."""
+    unmatched = sorted(own.keys() ^ state.keys())
+    if unmatched:
+        raise WeightsError(
+            f"the adapter does not fit this model: {len(own.keys() & state.keys())} of {len(own)} weights match, "
+            f"{unmatched[0]!r} is only on one side; was it trained from another base or with other targets?"
+        )
+    for name, tensor in state.items():
+        if tensor.shape != own[name].shape:
+            raise WeightsError(
+                f"the adapter does not fit this model: {name} is {list(tensor.shape)} in the file and "
+                f"{list(own[name].shape)} in the model; was it trained with another rank or base?"
+            )
 
 
 def take_off(pipeline: Any) -> bool:

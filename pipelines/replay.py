@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 from raftdiff.errors import ConfigError
+from raftdiff.sharding import is_split
 from raftdiff.types import Trajectory
 
 from .schedule import NoiseSchedule, gaussian_log_prob
@@ -70,15 +71,24 @@ class Ragged(Exception):
         self.groups = groups
 
 
-def by_length(run: Callable[[list[int]], Iterable[Row]], rows: list[int]) -> list[Row]:
+def by_length(denoiser: torch.nn.Module, run: Callable[[list[int]], Iterable[Row]], rows: list[int]) -> list[Row]:
     """What `run` gives for `rows`, all at once or, where their prompts are encoded to different lengths, once for each
-    length: padded, without a mask for it, a row would depend on the others of its batch."""
+    length: padded, without a mask for it, a row would depend on the others of its batch.
+
+    Raises:
+        ConfigError: different lengths, where the denoiser is split over processes, which must make the same passes.
+    """
     try:
         return list(run(rows))
     except Ragged as ragged:
+        if is_split(denoiser):
+            raise ConfigError(
+                "the prompts of a batch are encoded to different lengths, and with split weights each process must "
+                "make the same passes: set sampling.batch_size and training.micro_batch_size to 1"
+            ) from None
         done: dict[int, Row] = {}
         for group in ragged.groups:
-            done |= zip(group, by_length(run, [rows[i] for i in group]), strict=True)
+            done |= zip(group, by_length(denoiser, run, [rows[i] for i in group]), strict=True)
         return [done[i] for i in range(len(rows))]
 
 
@@ -249,6 +259,15 @@ class OneStep:
 
 class Stopped(Exception):
     """What was wanted of the pipeline's call is there."""
+
+
+def on_device(pipeline: Any) -> Any:
+    """The pipeline itself, but that it has looked up where it computes: its own property looks for hooks of offloading
+    in every module of every part, at each call, which is a good part of a small model's step."""
+    kind = type(pipeline)
+    same: Any = object.__new__(type(kind.__name__, (kind,), {"_execution_device": pipeline._execution_device}))
+    same.__dict__ = pipeline.__dict__
+    return same
 
 
 @contextmanager

@@ -235,7 +235,7 @@ def train_base(
 def train(work: Path, out: Path, *, stage: str = "all", compile: bool = False) -> None:
     """Train the parts in order and write them to `out` as they ship: fp16 safetensors. What `work` holds of a stage
     is gone on with, so a stage that is done costs little."""
-    from . import shapes_scorers
+    from . import shapes_scorers, shapes_text
 
     work.mkdir(parents=True, exist_ok=True)
     if stage in ("vae", "base", "all"):
@@ -249,6 +249,8 @@ def train(work: Path, out: Path, *, stage: str = "all", compile: bool = False) -
         shapes_scorers.save_clip(*shapes_scorers.train_clip(work), out / "clip")
     if stage in ("aesthetic", "all"):
         shapes_scorers.train_aesthetic(out / "aesthetic", out / "clip")
+    if stage in ("text", "all"):
+        shapes_text.save_text(*shapes_text.train_text(work), out / "text")
 
 
 def save_pipeline(pipeline, folder: Path) -> None:
@@ -256,7 +258,10 @@ def save_pipeline(pipeline, folder: Path) -> None:
     for part in (pipeline.vae, pipeline.unet, pipeline.text_encoder):
         part.to(memory_format=torch.contiguous_format)
     pipeline.to(dtype=torch.float16).save_pretrained(folder)
-    # Unless told otherwise, diffusers loads as float32 and transformers as its configuration says: they must agree.
-    path = folder / "text_encoder" / "config.json"
+    load_as_float32(folder / "text_encoder" / "config.json")
+
+
+def load_as_float32(path: Path) -> None:
+    """Have transformers load a model as float32, which it would load as this configuration says it was saved."""
     config = json.loads(path.read_text(encoding="utf-8")) | {"dtype": "float32"}
     write_file(path, (json.dumps(config, indent=2) + "\n").encode())

@@ -23,24 +23,25 @@ class Batches:
         size: rows at once, at first; the attribute `size` is what it has come to.
         what: the rows' name and setting in messages, such as `images at once (sampling.batch_size)`.
         remedy: what to do where a single row does not fit.
+        fixed: whether the size must stay, because other processes make the same batches.
     """
 
-    def __init__(self, size: int, what: str, remedy: str):
+    def __init__(self, size: int, what: str, remedy: str, *, fixed: bool = False):
         self.size = size
-        self._what, self._remedy = what, remedy
+        self._what, self._remedy, self._fixed = what, remedy, fixed
 
     def run(self, rows: int, call: Callable[[slice], Sequence[Row]]) -> list[Row]:
         """What `call` returns for consecutive slices of `range(rows)`, joined: one result for each row.
 
         Raises:
-            ConfigError: the device ran out of memory with one row.
+            ConfigError: the device ran out of memory with one row, or with a fixed size.
         """
         results: list[Row] = []
         while len(results) < rows:
             batch = slice(len(results), min(rows, len(results) + self.size))
             made = self._attempt(call, batch)
             if made is None:
-                self._shrink(batch.stop - batch.start)
+                self.size = halved(batch.stop - batch.start, self._what, self._remedy, fixed=self._fixed)
             else:
                 results += made
         return results
@@ -52,9 +53,16 @@ class Batches:
         except torch.OutOfMemoryError:
             return None  # the exception, which keeps the tensors of the attempt alive, ends here
 
-    def _shrink(self, tried: int) -> None:
-        if tried == 1:
-            raise ConfigError(f"out of memory with 1 of the {self._what}; {self._remedy}")
-        self.size = tried // 2
-        clear_device_cache(garbage_collection=True)
-        logger.warning("out of memory with %d %s; going on with %d", tried, self._what, self.size)
+
+def halved(tried: int, what: str, remedy: str, *, fixed: bool = False) -> int:
+    """Half as many rows as did not fit, with a line in the log; the arguments are those of `Batches`.
+
+    Raises:
+        ConfigError: it was one row, or the size is fixed.
+    """
+    if tried == 1 or fixed:
+        fewer = "set fewer, or " if tried > 1 else ""
+        raise ConfigError(f"out of memory with {tried} of the {what}; {fewer}{remedy}")
+    clear_device_cache(garbage_collection=True)
+    logger.warning("out of memory with %d %s; going on with %d", tried, what, tried // 2)
+    return tried // 2

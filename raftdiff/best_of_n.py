@@ -84,7 +84,8 @@ def rank(samples: Sequence[Sample], rewards: Sequence[WeightedReward]) -> list[S
     # However many fail: the pictures are drawn, and those that could be scored are worth keeping.
     scored = score(samples, shares, combine="standardized" if len(rewards) > 1 else "sum", max_failed=1.0)
     if all(s.reward is None for s in scored):
-        why = next((f"the first is a {s.flaw}" for s in samples if s.flaw), "each reward's error is in the warnings")
+        flaws = [f"the first is flawed: {s.flaw}" for s in samples if s.flaw]
+        why = flaws[0] if flaws else "each reward's error is in the warnings"
         raise ScoringError(f"not one of {len(samples)} candidates could be scored; {why}")
     return scored
 

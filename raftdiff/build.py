@@ -5,20 +5,22 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, get_origin, get_type_hints
 
+import torch
 from accelerate import Accelerator
 from pydantic import TypeAdapter, ValidationError
 
-from .config import RewardConfig, RunConfig, parse_config
-from .data import load_pictures, load_preferences
+from .config import ModelConfig, RewardConfig, RunConfig, parse_config
+from .data import count_rows
 from .errors import ConfigError, MissingExtraError
 from .prompts import load_prompts
 from .protocols import Algorithm, Reward
-from .registry import ALGORITHMS, REWARDS, nearest
+from .registry import ALGORITHMS, POLICIES, REWARDS, nearest
 from .rounds import Display, Quiet, Result, Run, run_rounds
 from .scoring import WeightedReward
 from .sharding import shard, sharded
@@ -36,25 +38,31 @@ def align(
     prompts_per_round: int | None = None,
     held_out: str | Path | Sequence[str] | None = None,
     judge: Sequence[str | Callable | Reward] = (),
+    tokenizer: Any = None,
     name: str = "align",
     resume: bool = False,
     display: Display | None = None,
     **settings: Any,
 ) -> Result:
-    """Align a diffusers pipeline with a reward, in place: afterwards its denoiser carries the trained LoRA. That of an
-    earlier call is taken off first; to go on from it, `pipeline.fuse_lora()` and `pipeline.unload_lora_weights()`.
+    """Align a diffusers pipeline or a language model with a reward, in place: afterwards it carries the trained LoRA.
+    That of an earlier call is taken off first; to go on from it, `pipeline.fuse_lora()` and
+    `pipeline.unload_lora_weights()`.
 
         result = align(pipe, ["a red circle", ...], reward="clip", rounds=4)
         fresh_pipe.load_lora_weights(result.lora_path)
 
+        result = align(model, ["Summarize: ...", ...], reward=lambda texts, prompts: [...], tokenizer=tokenizer)
+        peft.PeftModel.from_pretrained(fresh_model, result.lora_path)
+
     Args:
-        pipeline: any diffusers text-to-image pipeline, on its device.
+        pipeline: any diffusers text-to-image pipeline, or causal language model of transformers, on its device.
         prompts: a list, a file, or a source such as `shapes:bare/24`.
-        reward: a registered name, a callable `f(images, prompts) -> scores` over PIL images, a Reward, or a mapping
-            of registered names to weights.
+        reward: a registered name, a callable `f(images, prompts) -> scores` over PIL images or texts, a Reward, or a
+            mapping of registered names to weights.
         prompts_per_round: prompts in a round; all if absent.
         held_out: prompts for the evaluation; the training prompts, with other seeds, if absent.
         judge: rewards that are measured and never trained on.
+        tokenizer: that of the language model.
         name: the run's folder inside `output` (`runs` if not set); `resume=True` goes on with it.
         settings: any other setting of a run by its section: `training={"learning_rate": 1e-4}`, `seed=1`.
 
@@ -62,6 +70,13 @@ def align(
         ConfigError: a setting that does not exist or does not fit.
     """
     objects: dict[str, Reward] = {}
+    path = str(getattr(pipeline, "name_or_path", None) or type(pipeline).__name__)
+    if tokenizer is not None:
+        from .pipelines.llm import LanguageModel
+
+        pipeline = LanguageModel(transformer=pipeline, tokenizer=tokenizer)
+    elif hasattr(pipeline, "generate"):
+        raise ConfigError(f"{type(pipeline).__name__} is a language model: give its tokenizer too, tokenizer=...")
 
     def configured(value: Any, weight: float) -> RewardConfig:
         if isinstance(value, str):
@@ -82,8 +97,7 @@ def align(
             "rewards": [configured(value, 1.0).model_dump() for value in judge],
         }
         | settings.pop("evaluation", {}),
-        "model": {"path": str(getattr(pipeline, "name_or_path", None) or type(pipeline).__name__)}
-        | settings.pop("model", {}),
+        "model": {"path": path, "modality": "image" if tokenizer is None else "text"} | settings.pop("model", {}),
     }
     config = parse_config(plain | settings, where="align()")
     from .pipelines.lora import take_off
@@ -134,29 +148,20 @@ def build(
     for reward in wanted:
         if reward.name not in live:
             REWARDS.load(reward.name, allow_code=allow_code)
-    prompts = load_prompts(config.prompts.source)
-    held_out = load_prompts(config.evaluation.prompts) if config.evaluation.prompts else prompts
-    if config.evaluation.prompts:
-        kept_out = {p.text for p in held_out}
-        prompts = [p for p in prompts if p.text not in kept_out]
-        if not prompts:
-            raise ConfigError("every training prompt is also held out (evaluation.prompts): give other prompts to one")
-    from .pipelines.diffusion import DiffusionPolicy
-    from .pipelines.loading import load_pipeline
-
+    prompts, held_out = build_prompts(config)
+    display = display or Quiet()
     accelerator = build_accelerator(config)
-    check_needs(algorithm, config.algorithm.name, DiffusionPolicy)
+    check_needs(algorithm, config.algorithm.name, POLICIES.load(config.model.modality))
     device = str(accelerator.device)
     split = sharded(accelerator)
     place = "cpu" if split else device  # what does not fit on the device is split from the CPU
-    pipeline = load_pipeline(config.model, place) if pipeline is None else pipeline
-    policy = build_policy(config, pipeline)
-    if algorithm.noise_level is not None:
-        policy.check_trajectories()
+    pipeline = load_model(config.model, place) if pipeline is None else pipeline
+    policy = build_policy(config, pipeline, needs=algorithm.needs)
     teacher = None
     if config.algorithm.teacher:
         model = config.model.model_copy(update={"path": config.algorithm.teacher, "revision": None, "variant": None})
-        teacher = build_policy(config, load_pipeline(model, place))
+        teacher = build_policy(config, load_model(model, place))
+    policy.check_run([*prompts, *held_out], noise_level=algorithm.noise_level, teacher=teacher)
     if split:
         for made in filter(None, (policy, teacher)):
             shard(made, accelerator)
@@ -169,24 +174,31 @@ def build(
         watched=[make(reward) for reward in config.evaluation.rewards],
         prompts=prompts,
         held_out=held_out,
-        data=_own_data(config, policy, algorithm),
+        data=_own_data(config, policy, algorithm, display),
         teacher=teacher,
         accelerator=accelerator,
-        display=display or Quiet(),
+        display=display,
         track=build_tracker(config, accelerator),
-        load_line=_load_line(config, policy),
+        load_line=policy.load_line(str(config.folder / "lora")),
     )
 
 
-def _load_line(config: RunConfig, policy: Any) -> str:
-    """The Python that puts the result on a pipeline."""
-    from .pipelines.lora import load_line
+def build_prompts(config: RunConfig) -> tuple[list[Prompt], list[Prompt]]:
+    """The prompts to train on and the held-out ones; the same twice where none are held out.
 
-    lora = config.folder / "lora"
-    name = policy.denoiser_name
-    if config.adapter.method == "lora":
-        return load_line(policy.pipeline, name, str(lora))
-    return f"pipe.{name} = {type(policy.denoiser).__name__}.from_pretrained({str(lora)!r}, subfolder={name!r})"
+    Raises:
+        ConfigError: all are held out.
+        DataError: as `load_prompts`.
+    """
+    prompts = load_prompts(config.prompts.source)
+    if not config.evaluation.prompts:
+        return prompts, prompts
+    held_out = load_prompts(config.evaluation.prompts)
+    kept_out = {p.text for p in held_out}
+    prompts = [p for p in prompts if p.text not in kept_out]
+    if not prompts:
+        raise ConfigError("every training prompt is also held out (evaluation.prompts): give other prompts to one")
+    return prompts, held_out
 
 
 def build_algorithm(config: RunConfig, *, allow_code: bool = False) -> Algorithm:
@@ -229,9 +241,20 @@ def build_accelerator(config: RunConfig) -> Accelerator:
     """The processes and the device of this run.
 
     Raises:
-        ConfigError: fp16 without a GPU.
+        ConfigError: a device that is not there, or one for several processes; fp16 without a GPU.
     """
-    accelerator = Accelerator(cpu=config.model.device == "cpu")
+    device = config.model.device
+    try:
+        if device != "auto":
+            torch.empty(0, device=device)
+        if device.startswith("cuda:"):
+            torch.cuda.set_device(device)  # which is then what accelerate calls cuda
+    except (RuntimeError, AssertionError) as error:  # AssertionError: torch is built without CUDA
+        reason = str(error).split("\n")[0]
+        raise ConfigError(f"model.device: {device!r} cannot be used here ({reason}); set it to auto") from error
+    accelerator = Accelerator(cpu=device == "cpu")
+    if accelerator.num_processes > 1 and device not in ("auto", "cpu"):
+        raise ConfigError(f"model.device: {device!r} is one device, and each process needs its own; set it to auto")
     if accelerator.device.type == "cpu" and "fp16" in (config.model.dtype, config.training.precision):
         raise ConfigError("fp16 needs a GPU and there is none: set model.dtype and training.precision to bf16 or fp32")
     return accelerator
@@ -242,40 +265,28 @@ def default_device() -> str:
     return str(Accelerator().device)
 
 
-def build_policy(config: RunConfig, pipeline: Any) -> Any:
-    """The pipeline as a policy, with the settings of the run."""
-    from .pipelines.diffusion import DiffusionPolicy
-    from .pipelines.loading import compile_denoiser, configure
+def load_model(model: ModelConfig, device: str = "cpu") -> Any:
+    """The pipeline, or language model with its tokenizer, that `model` names, on its device.
 
-    sampling, training, model = config.sampling, config.training, config.model
-    call = dict(model.call)
-    fixed = {"height": model.height, "width": model.width, "negative_prompt": model.negative_prompt}
-    call |= {name: value for name, value in fixed.items() if value is not None}
-    configure(pipeline, model)
-    policy = DiffusionPolicy(
-        pipeline,
-        config.adapter,
-        num_inference_steps=sampling.num_inference_steps,
-        trajectory_steps=sampling.trajectory_steps,
-        guidance_scale=sampling.guidance_scale,
-        batch_size=sampling.batch_size,
-        call=call,
-        training_guidance_scale=training.guidance_scale,
-        caption_dropout=training.caption_dropout,
-        snr_gamma=training.snr_gamma,
-        error_space=training.error_space,
-        timesteps=training.timesteps,
-        precision=training.precision,
-    )
-    if model.compile:
-        compile_denoiser(policy.denoiser)
-    return policy
+    Raises:
+        WeightsError: it is missing, incomplete, or not in safetensors.
+    """
+    return POLICIES.load(model.modality).load(model, device)
+
+
+def build_policy(config: RunConfig, pipeline: Any, *, needs: Sequence[str] = ()) -> Any:
+    """What `load_model` gave as a policy, with the settings of the run and what its algorithm `needs`.
+
+    Raises:
+        ConfigError: a setting that does not fit the model.
+    """
+    return POLICIES.load(config.model.modality).from_config(config, pipeline, needs=needs)
 
 
 def build_reward(
     reward: RewardConfig, *, device: str = "cpu", live: Mapping[str, Reward] | None = None, allow_code: bool = False
 ) -> WeightedReward:
-    """A configured reward.
+    """A configured reward, under the name that reports give it.
 
     Raises:
         ConfigError: an unknown name or option.
@@ -299,36 +310,39 @@ def build_reward(
             if name not in options:
                 raise ConfigError(f"rewards: {reward.name} needs the option {name!r}: docs/rewards.md")
         made = kind(**options)
-    if reward.label:
-        made = _Labelled(made, reward.label)
+    if made.name != reward.reported_name:
+        made = _Renamed(made, reward.reported_name)
     return WeightedReward(reward=made, weight=reward.weight)
 
 
-class _Labelled:
+class _Renamed:
     """A reward under another name."""
 
-    def __init__(self, reward: Reward, label: str):
-        self._reward, self.name = reward, label
+    def __init__(self, reward: Reward, name: str):
+        self._reward, self.name = reward, name
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._reward, name)
 
 
-def _own_data(config: RunConfig, policy: Any, algorithm: Algorithm) -> list[Example]:
+def _own_data(config: RunConfig, policy: Any, algorithm: Algorithm, display: Display) -> list[Example]:
     if config.data is None:
         return []
-    height, width = policy.picture_size
-    path, size = config.data.path, {"height": height, "width": width}
-
-    def encoded(text: str, image: Any) -> Sample:
-        sample = policy.encode_image(Prompt(text=text), image)
-        # Training needs the latents alone, and the pixels of many pictures would fill the memory.
-        return sample if algorithm.scores_data else dataclasses.replace(sample, image=None)
-
-    if algorithm.pairs:
-        pairs = load_preferences(path, **size)
-        return [Example(sample=encoded(text, a), rejected=encoded(text, b)) for text, a, b in pairs]
-    return [Example(sample=encoded(text, image)) for text, image in load_pictures(path, **size)]
+    rows: Iterator[Any] = policy.read_own(config.data.path, pairs=algorithm.pairs)
+    display.stage(0, "own data", count_rows(config.data.path, pairs=algorithm.pairs))
+    examples: list[Example] = []
+    while batch := list(islice(rows, config.sampling.batch_size)):
+        outputs = [(Prompt(text=text), output) for text, *of_prompt in batch for output in of_prompt]
+        samples: list[Sample] = policy.encode_outputs(*zip(*outputs, strict=True))
+        if not algorithm.scores_data:  # then the latents are enough, and the pixels of many would fill the memory
+            samples = [dataclasses.replace(sample, image=None) for sample in samples]
+        if algorithm.pairs:
+            pairs = zip(samples[::2], samples[1::2], strict=True)
+            examples += [Example(sample=chosen, rejected=other) for chosen, other in pairs]
+        else:
+            examples += [Example(sample=sample) for sample in samples]
+        display.advance(len(batch))
+    return examples
 
 
 def build_tracker(config: RunConfig, accelerator: Accelerator) -> Callable[[int, Mapping[str, float]], None]:

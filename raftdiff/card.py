@@ -9,8 +9,8 @@ import json
 import re
 from collections.abc import Sequence
 from functools import cache
-from itertools import groupby
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import jinja2
@@ -18,10 +18,10 @@ import yaml
 from huggingface_hub import ModelCardData
 
 from . import __version__
-from .config import RewardConfig, RunConfig
+from .config import RunConfig
 from .evaluation import Verdict
 from .protocols import Modality
-from .report import TEMPLATES, comparison, image_grid, side_by_side
+from .report import TEMPLATES, against_base, by_guidance, image_grid, side_by_side
 from .types import RoundReport, Sample
 
 CARD = "README.md"
@@ -29,18 +29,19 @@ PICTURE = "before-after.webp"
 HERE = "folder-or-repository"  # stands in the card for the place that it will lie at
 PAIRS = 8  # prompts in the picture
 LEAST_SIDE, LARGEST_SIDE = 128, 2048  # pixels: of one small picture, of all together
+LONGEST_TEXT = 400  # characters of a prompt or completion
 TASKS = {"image": ("diffusers", "text-to-image"), "text": ("peft", "text-generation")}
 SECRET = re.compile(r"key|token|secret|password", re.IGNORECASE)
 
 
 def provenance(config: RunConfig) -> dict[str, str]:
-    """What the header of an exported file says of its run; `rewards` (label to weight) and `config` are JSON."""
+    """What the header of an exported file says of its run; `rewards` (name to weight) and `config` are JSON."""
     return {
         "version": __version__,
         "base_model": config.model.path,
         "base_revision": config.model.revision or "",
         "algorithm": config.algorithm.name,
-        "rewards": json.dumps({_label(reward): reward.weight for reward in config.rewards}),
+        "rewards": json.dumps({reward.reported_name: reward.weight for reward in config.rewards}),
         "config": json.dumps(public_settings(config), sort_keys=True),
     }
 
@@ -78,11 +79,10 @@ def write_card(
         before, after: samples of the base and of the exported model on the held-out prompts.
         load_line: the code that loads the LoRA, with `HERE` for its place.
     """
-    evaluated = [report for report in reports if report.evaluations]
-    aligned = evaluated[verdict.best or -1] if len(evaluated) > 1 else None
-    trained = [_label(reward) for reward in config.rewards if reward.weight]
-    rows = comparison(evaluated[0].evaluations, aligned.evaluations, trained) if aligned else []
-    pairs = [pair for pair in side_by_side(before, after, PAIRS) if pair[0].image is not None]
+    trained, judges = config.trained_rewards, (*config.rewards, *config.evaluation.rewards)
+    aligned_round, rows = against_base(reports, verdict, trained)
+    both = side_by_side(before, after, PAIRS)
+    pairs = [pair for pair in both if pair[0].image is not None]
     if pairs:
         _write_picture(folder / PICTURE, pairs)
     library, task = TASKS[modality]
@@ -99,13 +99,18 @@ def write_card(
         front_matter=data.to_yaml(),
         config=config,
         on_hub=on_hub,
-        round=aligned.round if aligned else None,
-        trained=[(_label(reward), reward.weight) for reward in config.rewards if reward.weight],
-        watched=[_label(r) for r in (*config.rewards, *config.evaluation.rewards) if _label(r) not in trained],
+        round=aligned_round,
+        trained=[(reward.reported_name, reward.weight) for reward in config.rewards if reward.weight],
+        watched=[reward.reported_name for reward in judges if reward.reported_name not in trained],
         verdict=verdict,
-        tables=[(guidance, list(group)) for guidance, group in groupby(rows, lambda row: row.guidance)],
+        tables=by_guidance(rows),
         picture=PICTURE,
         prompts=[one.prompt.text for one, _ in pairs],
+        texts=[
+            [shorten(text, LONGEST_TEXT) for text in (one.prompt.text, one.text, other.text)]
+            for one, other in both
+            if one.text is not None and other.text is not None
+        ],
         load_line=load_line,
         settings=settings,
         fence=_fence(settings),
@@ -130,10 +135,6 @@ def plain(text: str) -> str:
 def _fence(text: str) -> str:
     """Backticks that enclose a text which may hold backticks itself."""
     return "`" * max(3, 1 + max(map(len, re.findall(r"`+", text)), default=0))
-
-
-def _label(reward: RewardConfig) -> str:
-    return reward.label or reward.name
 
 
 @cache

@@ -231,10 +231,6 @@ class Checkpoints:
             raise ResumeError(f"{folder} cannot be used: {reason}; choose another round")
         return Checkpoint(folder=folder, round=round, step=0, meta=read_meta(folder))
 
-    def clean_staging(self) -> None:
-        """Remove what dead runs left half-written. Only for the holder of the run's lock."""
-        clean_staging(self.folder)
-
     def _folders(self) -> dict[tuple[int, int], Path]:
         """(round, step) of whatever is named like a checkpoint, verified or not."""
         if not self.folder.is_dir():

@@ -16,7 +16,7 @@ from rich.table import Table
 from .checkpoint import write_file
 from .config import Positive, RunConfig, Settings, dump_config, load_config, load_preset, parse_config
 from .errors import ConfigError, ResumeError
-from .evaluation import paired_interval, pixel_features
+from .evaluation import distance, paired_interval
 from .report import (
     Chart,
     Curve,
@@ -46,8 +46,8 @@ class CompareConfig(Settings):
     output: str = "runs"
     """Where it stands."""
     budget: Positive
-    """Denoiser passes for each method and seed: a row forward is 1, forward and backward 3. Evaluations are not
-    counted. The round that spends the last of them is finished."""
+    """Denoiser passes (of a language model, tokens) for each method and seed: a row forward is 1, forward and backward
+    3. Evaluations are not counted. The round that spends the last of them is finished."""
     seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0,)
     """Run seeds; every method runs once with each."""
     preset: str | None = None
@@ -161,11 +161,8 @@ class Outcome:
         return sum(cost.seconds for report in self.reports for cost in report.ledger if cost.stage == stage)
 
     def drift(self) -> list[float]:
-        """How far each held-out picture is from the base's of the same prompt and seed: the root mean square
-        difference of pixels (0 to 1) at 32x32; NaN where one of them is flawed."""
-        distance_N = (pixel_features(self.before) - pixel_features(self.after)).square().mean(1).sqrt()
-        flawed = [b.flaw is not None or a.flaw is not None for b, a in zip(self.before, self.after, strict=True)]
-        return [float("nan") if bad else float(d) for bad, d in zip(flawed, distance_N, strict=True)]
+        """The `distance` of each held-out sample from the base's of the same prompt and seed, 0 to 1."""
+        return [distance(*pair) for pair in zip(self.before, self.after, strict=True)]
 
 
 def read_outcome(method: str, config: RunConfig) -> Outcome:
@@ -215,12 +212,8 @@ def by_method(outcomes: Sequence[Outcome]) -> dict[str, list[Outcome]]:
 
 def metrics_of(outcomes: Sequence[Outcome]) -> list[str]:
     """Every metric of the evaluations, the trained ones first, then how far the pictures moved."""
-    trained = trained_rewards(outcomes[0].config)
+    trained = outcomes[0].config.trained_rewards
     return [*sorted(outcomes[0].last.metrics, key=lambda name: order_of_metrics(name, trained)), "drift"]
-
-
-def trained_rewards(config: RunConfig) -> list[str]:
-    return [reward.label or reward.name for reward in config.rewards if reward.weight]
 
 
 # ------------------------------------------------------------------------------------------------ compare.html
@@ -263,7 +256,7 @@ def table(outcomes: Sequence[Outcome]) -> Table:
         shown.add_column(line.method, justify="right")
     for metric in found[0].gains:
         shown.add_row(metric, *("\n".join(format_interval(line.gains[metric])) for line in found))
-    shown.add_row("denoiser passes", *(f"{line.passes:,}" for line in found))
+    shown.add_row("passes", *(f"{line.passes:,}" for line in found))
     shown.add_row("seconds", *(f"{line.seconds:.0f}" for line in found))
     shown.add_row("rounds", *(str(line.rounds) for line in found))
     return shown
@@ -275,7 +268,7 @@ def write_comparison(config: CompareConfig, outcomes: Sequence[Outcome]) -> Path
     Raises:
         StorageError: the file could not be written.
     """
-    trained = trained_rewards(outcomes[0].config)
+    trained = outcomes[0].config.trained_rewards
     metrics = metrics_of(outcomes)
     html = page(
         "compare.html.jinja",
@@ -299,7 +292,7 @@ def write_comparison(config: CompareConfig, outcomes: Sequence[Outcome]) -> Path
 def _charts(outcomes: Sequence[Outcome], metrics: Sequence[str], trained: Sequence[str]) -> list[tuple[str, Chart]]:
     """Each metric against denoiser passes, and the reward against time; of the first seed's runs."""
     firsts = [runs[0] for runs in by_method(outcomes).values()]
-    charts = [("denoiser passes", _chart(firsts, metric, trained, axis=0)) for metric in metrics]
+    charts = [("passes", _chart(firsts, metric, trained, axis=0)) for metric in metrics]
     return [*charts[:1], ("seconds", _chart(firsts, "reward", trained, axis=1)), *charts[1:]]
 
 

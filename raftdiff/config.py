@@ -18,6 +18,17 @@ PRESETS = resources.files("raftdiff") / "presets"
 
 Dtype = Literal["fp32", "bf16", "fp16"]
 Timesteps = Literal["auto", "uniform", "logit-normal", "sampler"]
+Combine = Literal[
+    "sum",
+    "standardized",
+    "weighted-linear",
+    "worst-case",
+    "soft-max-min",
+    "uncertainty-weighted",
+    "lower-quantile",
+    "max-median",
+    "bernoulli-nash",
+]
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Part = Annotated[float, Field(ge=0, lt=1)]
@@ -30,41 +41,47 @@ class Settings(BaseModel):
 
 
 class ModelConfig(Settings):
+    modality: Literal["image", "text"] = "image"
+    """What the model makes: `image` for a pipeline of diffusers, `text` for a causal language model of transformers."""
     path: str = "shapes"
-    """The pipeline to align: `shapes` (the embedded model), a local folder with a model_index.json, or a hub id."""
+    """The model to align: `shapes` (the embedded one of this modality), a local folder that diffusers or transformers
+    saved, or a hub id."""
     revision: str | None = None
     """Hub revision (branch, tag or commit)."""
     variant: str | None = None
-    """File variant to load, such as `fp16`."""
+    """Images: file variant to load, such as `fp16`."""
     dtype: Dtype = "fp32"
     """Number format of the frozen weights; what is trained stays in fp32."""
     device: str = "auto"
     """`auto` takes the GPU of this process where there is one; or `cpu`, `cuda`, `cuda:1`, `mps`."""
     scheduler: str | None = None
-    """Class name of a diffusers scheduler to sample with, built from the model's own scheduler configuration."""
+    """Images: class name of a diffusers scheduler to sample with, built from the model's own scheduler
+    configuration."""
     height: Positive | None = None
     """Height of the images in pixels; the pipeline's own default if absent."""
     width: Positive | None = None
     """Width of the images in pixels; the pipeline's own default if absent."""
     negative_prompt: str | None = None
-    """Negative prompt, for sampling, training and evaluation alike."""
+    """Images: negative prompt, for sampling, training and evaluation alike."""
     call: dict[str, Any] = {}
-    """Further arguments for the pipeline's `__call__`, such as `clip_skip: 2`."""
+    """Images: further arguments for the pipeline's `__call__`, such as `clip_skip: 2`."""
+    chat_template: bool = True
+    """Text: put each prompt into the tokenizer's chat template, as the turn of a user, where it has one."""
     attention: Literal["sdpa", "xformers", "flash"] = "sdpa"
     """Attention kernels: torch's own, xformers, or flash-attn; the last two need an NVIDIA GPU and a model that has a
     way for them (docs/memory.md)."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time in training."""
     offload: Literal["none", "components"] = "none"
-    """`components` keeps all but the denoiser in main memory, layer by layer on the GPU only while they compute: text
-    encoders when a prompt is seen for the first time, the VAE when pictures are decoded."""
+    """Images: `components` keeps all but the denoiser in main memory, layer by layer on the GPU only while they
+    compute: text encoders when a prompt is seen for the first time, the VAE when pictures are decoded."""
     vae_slicing: bool = False
-    """Decode a batch picture by picture: less memory, the same pictures."""
+    """Images: decode a batch picture by picture: less memory, the same pictures."""
     vae_tiling: bool = False
-    """Decode large pictures in tiles: less memory, slightly other pictures where tiles meet."""
+    """Images: decode large pictures in tiles: less memory, slightly other pictures where tiles meet."""
     compile: bool = False
-    """Compile the denoiser's blocks with torch.compile: faster after minutes of compiling. Needs a C++ compiler on the
-    CPU, Triton on a GPU."""
+    """Images: compile the denoiser's blocks with torch.compile: faster after minutes of compiling. Needs a C++ compiler
+    on the CPU, Triton on a GPU."""
 
 
 class AdapterConfig(Settings):
@@ -85,14 +102,22 @@ class SamplingConfig(Settings):
     samples_per_prompt: Positive = 8
     """K: candidates for each prompt in a round."""
     batch_size: Positive = 8
-    """Images denoised at once."""
+    """Images denoised, or texts written, at once."""
     num_inference_steps: Positive = 25
-    """Denoising steps."""
+    """Images: denoising steps."""
     trajectory_steps: Positive | None = None
-    """Denoising steps of the trajectories that policy gradients learn from; `num_inference_steps` if absent. Fewer are
-    enough to learn from (Flow-GRPO)."""
+    """Images: denoising steps of the trajectories that policy gradients learn from; `num_inference_steps` if absent.
+    Fewer are enough to learn from (Flow-GRPO)."""
     guidance_scale: float | None = None
-    """Classifier-free guidance while sampling; the pipeline's own default if absent, 1 for none."""
+    """Images: classifier-free guidance while sampling; the pipeline's own default if absent, 1 for none."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Text: what the logits are divided by; below 1 the likelier tokens become likelier still."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Text: draw from the fewest most likely tokens that together have this probability; 1 for all."""
+    max_new_tokens: Positive = 64
+    """Text: most tokens of a completion."""
+    stop: list[Annotated[str, Field(min_length=1)]] = []
+    """Text: strings that end a completion, which then ends before them; the model's own end token always does."""
 
 
 class TrainingConfig(Settings):
@@ -107,7 +132,7 @@ class TrainingConfig(Settings):
     batch_size: Positive = 8
     """Samples in an optimiser step, over all processes."""
     micro_batch_size: Positive | None = None
-    """Samples that go through the denoiser at once in one process; the whole batch if absent."""
+    """Samples that go through the model at once in one process; the whole batch if absent."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Learning rate over the whole run, after the warm-up."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
@@ -121,21 +146,22 @@ class TrainingConfig(Settings):
     precision: Dtype = "fp32"
     """Arithmetic of the forward pass in training."""
     guidance_scale: Annotated[float, Field(ge=1)] = 1.0
-    """Guidance inside the training loss; 1 for none. With 1, training on guided samples moves guidance into the model,
-    and sampling it with guidance applies that again; with the scale of sampling it does not, at the price of an extra
-    pass and a noisier gradient. docs/raft.md has both measured."""
+    """Images: guidance inside the training loss; 1 for none. With 1, training on guided samples moves guidance into the
+    model, and sampling it with guidance applies that again; with the scale of sampling it does not, at the price of an
+    extra pass and a noisier gradient. docs/raft.md has both measured."""
     caption_dropout: Share = 0.1
-    """Share of training rows whose prompt is emptied, so that guidance keeps working."""
+    """Images: share of training rows whose prompt is emptied, so that guidance keeps working."""
     snr_gamma: Annotated[float, Field(gt=0)] | None = None
-    """Min-SNR weighting (arXiv 2303.09556) of the error of eps- and v-prediction models; 5 is usual."""
+    """Images: Min-SNR weighting (arXiv 2303.09556) of the error of eps- and v-prediction models; 5 is usual."""
     error_space: Literal["prediction", "noise"] = "prediction"
-    """What the denoising error is measured in: the model's own prediction, or the noise that the prediction stands for,
-    the `exact` weights of Diffusion-DPO for v-prediction and flow matching. For eps-prediction both are the same."""
+    """Images: what the denoising error is measured in: the model's own prediction, or the noise that the prediction
+    stands for, the `exact` weights of Diffusion-DPO for v-prediction and flow matching. For eps-prediction both are the
+    same."""
     timesteps: Timesteps = "auto"
-    """Distribution of training timesteps; flow-matching models are usually trained with logit-normal. `sampler` takes
-    those that sampling visits, each as often: the plain error at others would undo the distillation of a model to a few
-    steps. `auto` is `sampler` where the pipeline says that its model is distilled, and `uniform` otherwise; FLUX.1
-    schnell and Z-Image-Turbo do not say it: docs/models.md."""
+    """Images: distribution of training timesteps; flow-matching models are usually trained with logit-normal. `sampler`
+    takes those that sampling visits, each as often: the plain error at others would undo the distillation of a model to
+    a few steps. `auto` is `sampler` where the pipeline says that its model is distilled, and `uniform` otherwise;
+    FLUX.1 schnell and Z-Image-Turbo do not say it: docs/models.md."""
     ema_decay: Share = 0.0
     """Decay of a moving average of the adapter that is sampled, evaluated and exported in place of the last
     iterate; 0 for none."""
@@ -150,14 +176,21 @@ class RewardConfig(Settings):
     """Weight in the combined reward; 0 scores and reports it without training on it."""
     options: dict[str, Any] = {}
     """Arguments of the reward, such as `model: ViT-L-14-quickgelu` for `clip`."""
+    floor: Literal["base"] | float | None = None
+    """Least value that a sample shall have: a number, or `base`, the base model's mean on the held-out prompts. Samples
+    below it rank below all others. It may have weight 0; with a negative weight it is the largest value."""
     label: str | None = None
-    """Name in reports; the reward's own if absent."""
+    """Name in reports; `name` if absent."""
+
+    @property
+    def reported_name(self) -> str:
+        return self.label or self.name
 
 
 class PromptsConfig(Settings):
     source: str | list[str] = "shapes:bare/24"
-    """A file (.txt, .jsonl, .csv, .parquet), a list of prompts, or generated captions `shapes:KIND/COUNT/SEED` of
-    the embedded world."""
+    """A file (.txt, .jsonl, .csv, .parquet), a list of prompts, or those of the embedded world: captions
+    `shapes:KIND/COUNT/SEED`, and for language models `shapes-text:TASK/COUNT/SEED`."""
     per_round: Positive | None = None
     """Prompts in a round; all if absent. Rounds walk through the list before any prompt comes again."""
 
@@ -166,7 +199,8 @@ class DataConfig(Settings):
     path: str
     """Your own images with captions: a folder with metadata.jsonl (`file_name`, `text`) or a parquet file
     (`image`, `text`). For DPO, preferences: a parquet file like Pick-a-Pic's (`caption`, `jpg_0`, `jpg_1`, `label_0`)
-    or a folder with metadata.jsonl (`chosen`, `rejected`, `text`). Either parquet may be a folder of such files."""
+    or a folder with metadata.jsonl (`chosen`, `rejected`, `text`). Your own texts: a .jsonl or parquet file (`prompt`,
+    `completion`), for DPO (`prompt`, `chosen`, `rejected`). Any parquet may be a folder of such files."""
     share: Part = 0.25
     """Share of each round's training set that comes from there; algorithms that train on it alone (`sft`, offline
     `dpo`) take all of it, and ReST selects from it as from its own samples."""
@@ -179,12 +213,16 @@ class EvaluationConfig(Settings):
     """Held-out prompts, as in `prompts.source`; they are taken out of the training prompts. If absent, the training
     prompts with seeds that training never sees."""
     seeds_per_prompt: Positive = 2
-    """Images for each held-out prompt, from the same seeds for every model."""
+    """Samples for each held-out prompt, from the same seeds for every model."""
     rewards: list[RewardConfig] = []
     """Rewards that are measured and never trained on."""
     guidance_scales: list[float] = []
-    """Guidance scales to evaluate at; that of sampling if empty. The first is the one that decides which round is
-    the best."""
+    """Images: guidance scales to evaluate at; that of sampling if empty. The first is the one that decides which round
+    is the best."""
+    sentinel: Literal["warn", "stop", "rollback", "off"] = "warn"
+    """What an evaluation does that finds the reward hacked (docs/reliability.md): `warn` says so; `stop` ends the run;
+    `rollback` ends it and exports the round with the best held-out rewards. `off` also leaves the pictures' statistics
+    unmeasured."""
     plateau_rounds: Positive | None = None
     """Stop after this many evaluations without a rise of the trained reward beyond its interval; 3 in the RAFT
     paper."""
@@ -214,20 +252,22 @@ class RunConfig(Settings):
     rounds: Positive = 4
     """Rounds of sample, score, select, train."""
     budget: Positive | None = None
-    """Denoiser passes, evaluations apart, after which no further round begins."""
+    """Denoiser passes (of a language model, tokens), evaluations apart, after which no further round begins."""
     model: ModelConfig = ModelConfig()
     adapter: AdapterConfig = AdapterConfig()
     prompts: PromptsConfig = PromptsConfig()
     rewards: list[RewardConfig] = [RewardConfig(name="clip", options={"model": "shapes"})]
     """What is trained on: a weighted combination."""
-    combine: Literal["sum", "standardized"] = "standardized"
-    """How rewards are combined: weighted sum of raw values, or of values standardised over the round's samples."""
+    combine: Combine = "standardized"
+    """How rewards are combined: `sum`, the weighted sum of raw values; `standardized`, that of values standardised over
+    the round's samples; or one of the formulas of docs/multi-objective.md on values standardised over all samples so
+    far."""
     algorithm: AlgorithmConfig = AlgorithmConfig()
     sampling: SamplingConfig = SamplingConfig()
     training: TrainingConfig = TrainingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     data: DataConfig | None = None
-    """Your own image-caption pairs, mixed into each round's training set as an anchor."""
+    """Your own examples, mixed into each round's training set as an anchor."""
     tracker: Literal["tensorboard", "wandb", "none"] = "tensorboard"
     """Where curves go besides metrics.jsonl and report.html."""
     max_failed: Share = 0.25
@@ -239,10 +279,19 @@ class RunConfig(Settings):
             raise ValueError(f"name: {self.name!r} is not a folder name; use letters, digits, '.', '_' and '-'")
         if not self.rewards or all(reward.weight == 0 for reward in self.rewards):
             raise ValueError("rewards: at least one reward needs a weight other than 0")
-        labels = [r.label or r.name for r in (*self.rewards, *self.evaluation.rewards)]
+        labels = [reward.reported_name for reward in (*self.rewards, *self.evaluation.rewards)]
         for label in labels:
             if labels.count(label) > 1:
                 raise ValueError(f"rewards: two rewards are called {label!r}; give one of them a `label`")
+        if any(reward.floor is not None for reward in self.evaluation.rewards):
+            raise ValueError(
+                "evaluation.rewards: a floor is for selection; set it under rewards, with weight 0 if need be"
+            )
+        if self.evaluation.sentinel == "rollback" and not self.evaluation.rewards:
+            raise ValueError("evaluation.sentinel: rollback goes by held-out rewards; set evaluation.rewards, or stop")
+        foreign = IMAGE_ONLY if self.model.modality == "text" else TEXT_ONLY
+        if given := [key for key in foreign if _changed(self, key)]:
+            raise ValueError(f"{', '.join(given)}: not for model.modality: {self.model.modality}; leave it out")
         if self.data and self.algorithm.replay + self.data.share >= 1:
             raise ValueError("algorithm.replay and data.share must leave room for the round's own samples: below 1")
         if self.model.attention == "flash" and self.adapter.method == "full":
@@ -259,6 +308,34 @@ class RunConfig(Settings):
     @property
     def folder(self) -> Path:
         return Path(self.output) / self.name
+
+    @property
+    def trained_rewards(self) -> list[str]:
+        """What reports call the rewards that are trained on."""
+        return [reward.reported_name for reward in self.rewards if reward.weight]
+
+
+# Settings that only models of one modality know; for another they must stay at their defaults.
+IMAGE_ONLY = (
+    *("model.variant", "model.scheduler", "model.height", "model.width", "model.negative_prompt", "model.call"),
+    *("model.offload", "model.vae_slicing", "model.vae_tiling", "model.compile"),
+    *("sampling.num_inference_steps", "sampling.trajectory_steps", "sampling.guidance_scale"),
+    *("training.guidance_scale", "training.caption_dropout", "training.snr_gamma", "training.error_space"),
+    *("training.timesteps", "evaluation.guidance_scales"),
+)
+TEXT_ONLY = (
+    "model.chat_template",
+    "sampling.temperature",
+    "sampling.top_p",
+    "sampling.max_new_tokens",
+    "sampling.stop",
+)
+
+
+def _changed(config: RunConfig, key: str) -> bool:
+    section, name = key.split(".")
+    settings = getattr(config, section)
+    return getattr(settings, name) != type(settings).model_fields[name].default
 
 
 def load_config(path: Path | str) -> RunConfig:
@@ -349,6 +426,10 @@ IDENTITY = (
     "sampling.num_inference_steps",
     "sampling.trajectory_steps",
     "sampling.guidance_scale",
+    "sampling.temperature",
+    "sampling.top_p",
+    "sampling.max_new_tokens",
+    "sampling.stop",
     "evaluation.prompts",
     "evaluation.seeds_per_prompt",
     "evaluation.rewards",

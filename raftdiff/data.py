@@ -1,4 +1,4 @@
-"""The user's own pictures, with captions or in pairs of which one is preferred: a folder or a parquet file."""
+"""The user's own pictures with captions and texts with prompts, or pairs of them of which one is preferred."""
 
 from __future__ import annotations
 
@@ -64,6 +64,44 @@ def load_preferences(path: str | Path, *, height: int, width: int) -> Iterator[t
         raise DataError(f"{path}: every pair is a tie, so nothing is preferred to anything; add pairs with a winner")
 
 
+def load_completions(path: str | Path) -> Iterator[tuple[str, str]]:
+    """Prompts and completions: the columns `prompt` and `completion` of a .jsonl or parquet file, or of each parquet
+    file of a folder.
+
+    Raises:
+        DataError: with the file and the line or row.
+    """
+    for where, row, _ in _rows(Path(path)):
+        yield _text(where, row, "prompt"), _text(where, row, "completion")
+
+
+def load_text_preferences(path: str | Path) -> Iterator[tuple[str, str, str]]:
+    """Prompts with the preferred completion and the other one: `prompt`, `chosen` and `rejected`, in the files of
+    `load_completions`.
+
+    Raises:
+        DataError: with the file and the line or row.
+    """
+    for where, row, _ in _rows(Path(path)):
+        yield _text(where, row, "prompt"), _text(where, row, "chosen"), _text(where, row, "rejected")
+
+
+def _text(where: str, row: dict, column: str) -> str:
+    text = row.get(column)
+    if not isinstance(text, str) or not text.strip():
+        raise DataError(f"{where}: no text in `{column}`; a row has `prompt` and `completion`, or `chosen`, `rejected`")
+    return text
+
+
+def count_rows(path: str | Path, *, pairs: bool = False) -> int:
+    """How many examples, or pairs, the functions above would give; no picture is decoded.
+
+    Raises:
+        DataError: as they do, but for the pictures themselves.
+    """
+    return sum(not pairs or _preferred_first(where, row) is not None for where, row, _ in _rows(Path(path)))
+
+
 def _preferred_first(where: str, row: dict) -> tuple[str, str] | None:
     """The columns of the preferred and of the other picture; None for a tie."""
     if {"chosen", "rejected"} <= row.keys():
@@ -94,6 +132,18 @@ def read_folder(path: Path) -> tuple[list[Sample], list[str]]:
     return samples, names
 
 
+def read_texts(path: Path) -> list[Sample]:
+    """The texts of a file as samples to score.
+
+    Raises:
+        DataError: as `load_completions`.
+    """
+    return [
+        Sample(id=f"{i:06d}", prompt=Prompt(text=prompt), seed=0, text=text)
+        for i, (prompt, text) in enumerate(load_completions(path))
+    ]
+
+
 def _rows(path: Path) -> Iterator[tuple[str, dict, Picture]]:
     """Where a row stands, the row, and its pictures by column."""
     if path.is_dir():
@@ -101,7 +151,9 @@ def _rows(path: Path) -> Iterator[tuple[str, dict, Picture]]:
         return chain.from_iterable(map(_parquet, shards)) if shards else _folder(path)
     if path.suffix == ".parquet" and path.is_file():
         return _parquet(path)
-    raise DataError(f"{path}: give a folder with metadata.jsonl, or a .parquet file")
+    if path.suffix == ".jsonl" and path.is_file():
+        return _json_lines(path, path.parent)
+    raise DataError(f"{path}: give a folder with metadata.jsonl, a .jsonl file, or a .parquet file")
 
 
 def _folder(path: Path) -> Iterator[tuple[str, dict, Picture]]:
@@ -111,25 +163,30 @@ def _folder(path: Path) -> Iterator[tuple[str, dict, Picture]]:
             f'{metadata}: no such file; it has a line {{"file_name": "1.png", "text": "..."}} per picture, or '
             '{"chosen": "1.png", "rejected": "2.png", "text": "..."} per preference'
         )
+    return _json_lines(metadata, path)
+
+
+def _json_lines(file: Path, folder: Path) -> Iterator[tuple[str, dict, Picture]]:
+    """The rows of a file whose pictures lie in `folder`."""
     try:
-        lines = metadata.read_text(encoding="utf-8-sig").split("\n")
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{metadata}: cannot be read: {error}; save it as UTF-8 text") from None
+        raise DataError(f"{file}: cannot be read: {error}; save it as UTF-8 text") from None
     found = False
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
-        where = f"{metadata}, line {number}"
+        where = f"{file}, line {number}"
         try:
             row = json.loads(line)
         except ValueError:
             row = None
         if not isinstance(row, dict):
             raise DataError(f"{where}: not a JSON object")
-        yield where, row, partial(_file, where, path, row)
+        yield where, row, partial(_file, where, folder, row)
         found = True
     if not found:
-        raise DataError(f"{metadata} names no picture; it has a line for each")
+        raise DataError(f"{file} holds no example; it has a line for each")
 
 
 def _file(where: str, folder: Path, row: dict, column: str) -> bytes:
@@ -152,7 +209,7 @@ def _parquet(path: Path) -> Iterator[tuple[str, dict, Picture]]:
                     where = f"{path}, row {number}"
                     yield where, row, partial(_cell, where, row)
         if not number:
-            raise DataError(f"{path} holds no picture; it has a row for each")
+            raise DataError(f"{path} holds no example; it has a row for each")
     except pa.ArrowException as error:
         raise DataError(f"{path}: not a readable parquet file ({error}); write it again") from None
 

@@ -6,17 +6,19 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Literal
+from typing import TYPE_CHECKING
 
+import torch
 from huggingface_hub import HfApi
 
-from .build import build_policy, default_device
+from .build import build_policy, default_device, load_model
 from .card import CARD, HERE, PICTURE, provenance
 from .checkpoint import MANIFEST, publish_folder, read_meta, sort_header, verify, write_file
 from .config import Dtype, RunConfig
 from .errors import ConfigError, StorageError, WeightsError
 
-Format = Literal["diffusers", "kohya"]
+if TYPE_CHECKING:
+    from .pipelines.lora import Format
 
 
 def finished_lora(config: RunConfig) -> Path:
@@ -52,9 +54,7 @@ def export_run(
         target = output or config.folder / f"lora-{dtype}"
         if target.exists() and verify(target):
             raise ConfigError(f"--output {target}: something else stands there; give a new folder")
-    from .pipelines.loading import load_pipeline
-
-    policy = build_policy(config, load_pipeline(config.model, default_device()))
+    policy = build_policy(config, load_model(config.model, default_device()))
     policy.load_adapter(policy.read_adapter(lora))
     if format == "kohya":
         with TemporaryDirectory() as scratch:
@@ -70,6 +70,38 @@ def export_run(
         for name in (CARD, PICTURE):
             if (lora / name).exists():
                 shutil.copy(lora / name, staging)
+    return target
+
+
+def export_merged(config: RunConfig, *, dtype: Dtype = "fp32", output: Path | None = None) -> Path:
+    """Write the whole model of a finished run with its LoRA folded into the weights: a folder that diffusers or
+    transformers loads without peft.
+
+    Args:
+        dtype: number format of the weights.
+        output: where to; in the run folder if absent.
+
+    Raises:
+        ConfigError: something else stands at `output`.
+        WeightsError: there is no finished LoRA, or what was written holds other weights.
+    """
+    lora = finished_lora(config)
+    if config.adapter.method == "full":
+        raise ConfigError(f"adapter.method: full leaves no LoRA to fold in; {lora} holds the whole denoiser")
+    target = output or config.folder / "merged"
+    if target.exists() and verify(target):
+        raise ConfigError(f"--output {target}: something else stands there; give a new folder")
+    from .pipelines.loading import denoiser_of, load_lora
+
+    model = config.model.model_copy(update={"dtype": dtype})
+    pipeline = load_model(model)
+    load_lora(pipeline, str(lora))
+    with publish_folder(target, meta=read_meta(lora)) as staging:
+        pipeline.save_pretrained(staging)
+        written = load_model(model.model_copy(update={"path": str(staging), "revision": None, "variant": None}))
+        merged, read = (denoiser_of(one).state_dict() for one in (pipeline, written))
+        if merged.keys() != read.keys() or not all(torch.equal(merged[name], read[name]) for name in merged):
+            raise WeightsError(f"{target}: what was written is not the merged model; nothing was published")
     return target
 
 

@@ -72,28 +72,108 @@ def preference(
     return loss_B, {name: value_B.detach() for name, value_B in metrics.items()}
 
 
+def bradley_terry(
+    chosen_B: torch.Tensor, rejected_B: torch.Tensor, margin_B: torch.Tensor
+) -> tuple[torch.Tensor, Metrics]:
+    """-log sigmoid(chosen - rejected - margin): scores whose differences are log-odds of being preferred, and more
+    than the judge's own where it said by how much (MORLAIF, arXiv:2406.07295).
+
+    Args:
+        chosen_B, rejected_B: the scores of the two samples of each pair, [B].
+        margin_B: in nats, 0 or more, [B].
+
+    Returns:
+        The losses [B]; `accuracy`, 1 where the chosen sample has the higher score.
+    """
+    difference_B = chosen_B - rejected_B
+    return -logsigmoid(difference_B - margin_B), {"accuracy": (difference_B > 0).float()}
+
+
+def masked_mean(value_BT: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
+    """The mean of each row over its steps or tokens, [B]; 0 for a row that has none."""
+    return (value_BT * mask_BT).sum(1) / mask_BT.sum(1).clamp(min=1)
+
+
 def clipped_ratio(
-    log_prob_B: torch.Tensor, old_log_prob_B: torch.Tensor, advantage_B: torch.Tensor, *, clip: float
+    log_prob_BT: torch.Tensor,
+    old_log_prob_BT: torch.Tensor,
+    advantage_BT: torch.Tensor,
+    mask_BT: torch.Tensor,
+    *,
+    clip: float,
 ) -> tuple[torch.Tensor, Metrics]:
     """PPO's clipped importance-sampled objective (arXiv 1707.06347, eq. 7), negated:
 
         -min(r A, clamp(r, 1 - clip, 1 + clip) A),   r = exp(log p - log p_old)
 
+    for each denoising step or token, and its mean over those of a sample.
+
+    Args:
+        log_prob_BT, old_log_prob_BT: [B, T], T = 1 for denoising steps.
+        advantage_BT: [B, T], or [B, 1] where all tokens of a sample have the same.
+        mask_BT: [B, T], which of them there are.
+
     Returns:
-        The losses [B]; `ratio` and `clipped` (the share whose ratio is outside the range).
+        The losses [B]; `ratio`, `ratio_change` (its distance from 1) and `clipped` (the share whose ratio is outside
+        the range).
     """
-    ratio_B = (log_prob_B - old_log_prob_B).exp()
-    clamped_B = ratio_B.clamp(1 - clip, 1 + clip)
-    loss_B = -torch.minimum(ratio_B * advantage_B, clamped_B * advantage_B)
-    outside_B = (ratio_B - clamped_B).detach().abs() > 0
-    return loss_B, {"ratio": ratio_B.detach(), "clipped": outside_B.float()}
+    ratio_BT = (log_prob_BT - old_log_prob_BT).exp()
+    clamped_BT = ratio_BT.clamp(1 - clip, 1 + clip)
+    loss_BT = -torch.minimum(ratio_BT * advantage_BT, clamped_BT * advantage_BT)
+    metrics = {
+        "ratio": ratio_BT,
+        "ratio_change": (ratio_BT - 1).abs(),
+        "clipped": ((ratio_BT - clamped_BT).abs() > 0).float(),
+    }
+    means = {name: masked_mean(value_BT.detach(), mask_BT) for name, value_BT in metrics.items()}
+    return masked_mean(loss_BT, mask_BT), means
 
 
-def kl_estimate(log_prob_B: torch.Tensor, reference_log_prob_B: torch.Tensor) -> torch.Tensor:
-    """An estimate of KL(policy || reference) from the policy's own samples that is never negative, with gradients
-    [B]: exp(d) - 1 - d for d = log p_reference - log p (Schulman's k3)."""
-    d_B = reference_log_prob_B - log_prob_B
-    return torch.expm1(d_B) - d_B  # d may be far below the rounding of 1
+def kl_estimate(log_prob: torch.Tensor, reference_log_prob: torch.Tensor) -> torch.Tensor:
+    """An estimate of KL(policy || reference) from the policy's own samples that is never negative, with gradients, of
+    the shape of its arguments: exp(d) - 1 - d for d = log p_reference - log p (Schulman's k3)."""
+    d = reference_log_prob - log_prob
+    return torch.expm1(d) - d  # d may be far below the rounding of 1
+
+
+def clipped_value_error(
+    value_BT: torch.Tensor, old_value_BT: torch.Tensor, return_BT: torch.Tensor, mask_BT: torch.Tensor, *, clip: float
+) -> tuple[torch.Tensor, Metrics]:
+    """PPO's value loss: half the squared error of the value head, or of what it may have become since sampling,
+
+        max((V - R)^2, (V_clipped - R)^2) / 2,   V_clipped = V_old + clamp(V - V_old, -clip, clip)
+
+    for each token, and its mean over those of a sample.
+
+    Args:
+        value_BT: [B, T], with gradients; old_value_BT: those while sampling.
+        return_BT: [B, T], R.
+        mask_BT: [B, T], which tokens there are.
+
+    Returns:
+        The losses [B]; `value_error`, the squared error, and `value_clipped`, the share of values that are further
+        than `clip` from the old ones.
+    """
+    change_BT = value_BT - old_value_BT
+    held_BT = old_value_BT + change_BT.clamp(-clip, clip)
+    error_BT = (value_BT - return_BT).square()
+    loss_BT = torch.maximum(error_BT, (held_BT - return_BT).square()) / 2
+    metrics = {"value_error": error_BT, "value_clipped": (change_BT.abs() > clip).float()}
+    means = {name: masked_mean(of_BT.detach(), mask_BT) for name, of_BT in metrics.items()}
+    return masked_mean(loss_BT, mask_BT), means
+
+
+def adapted_kl(coefficient: float, kl: float, *, target: float, share: float) -> float:
+    """The next coefficient of a KL penalty that shall hold `kl` at `target`: a proportional controller on its logarithm
+    (Ziegler et al., arXiv 1909.08593, section 2.2).
+
+        coefficient * (1 + share * clamp(kl / target - 1, -0.2, 0.2))
+
+    Args:
+        kl: measured on the samples that the coefficient was used for.
+        share: how much of the error to mend: the samples by the horizon, at most 1.
+    """
+    return coefficient * (1 + min(share, 1.0) * min(max(kl / target - 1, -0.2), 0.2))
 
 
 def forward_process(

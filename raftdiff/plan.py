@@ -25,21 +25,23 @@ import torch
 from rich.table import Table
 
 from . import sampling, scoring
-from .build import build, build_algorithm
+from .build import build, build_algorithm, build_prompts
 from .checkpoint import Checkpoints
-from .config import RunConfig, TrainingConfig
-from .data import load_pictures, load_preferences
+from .config import RunConfig
+from .data import count_rows
 from .errors import ConfigError
 from .interrupts import StopRequest
-from .prompts import load_prompts, round_prompts
+from .prompts import round_prompts
 from .protocols import Algorithm
+from .report import duration
 from .rounds import Run
 from .sampling import Job
 from .scoring import WeightedReward
 from .store import SampleStore
-from .training import Trainer
+from .training import Trainer, steps_and_rows
 from .types import (
     Batch,
+    Completion,
     Denoised,
     Draw,
     Example,
@@ -102,7 +104,8 @@ class Sizes:
     guidance_scale: float = 1.0
     """Of sampling."""
     rows: Mapping[str, int]
-    """Rows through the denoiser for one image: of `sample`, and of `evaluate at G` for each guidance scale."""
+    """Rows through the denoiser for one image: of `sample`, and of `evaluate at G` for each guidance scale. A text has
+    a row for each token, of its prompt too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,7 +160,8 @@ def plan(config: RunConfig, *, probing: bool = True, allow_code: bool = False) -
     if not probing:
         algorithm = build_algorithm(config, allow_code=allow_code)
         guidance = _guidance_scale(config)
-        sizes = _sizes(config, _rows(config, algorithm, guidance), guidance, _count_data(config, algorithm))
+        data = count_rows(config.data.path, pairs=algorithm.pairs) if config.data else 0
+        sizes = _sizes(config, _rows(config, algorithm, guidance), guidance, data)
         return Plan(config=config, sizes=sizes, rounds=counts(config, algorithm, sizes))
     with TemporaryDirectory() as scratch:
         elsewhere = config.model_copy(update={"output": scratch, "tracker": "none"})
@@ -166,8 +170,8 @@ def plan(config: RunConfig, *, probing: bool = True, allow_code: bool = False) -
 
 def probed(run: Run, config: RunConfig) -> Plan:
     """The plan of `config` with a probe of `run`, which was built for it."""
-    found, policy = probe(run), cast(Any, run.policy)
-    sizes = _sizes(config, found.rows, policy.guidance_scale, len(run.data))
+    found = probe(run)
+    sizes = _sizes(config, found.rows, _guidance_of(run.policy), len(run.data))
     return Plan(config=config, sizes=sizes, rounds=counts(config, run.algorithm, sizes), probe=found)
 
 
@@ -175,22 +179,16 @@ def probed(run: Run, config: RunConfig) -> Plan:
 
 
 def _sizes(config: RunConfig, rows: Mapping[str, int], guidance_scale: float, data: int) -> Sizes:
-    prompts, held_out = _count_prompts(config)
+    prompts, held_out = map(len, build_prompts(config))
     prompts = min(config.prompts.per_round or prompts, prompts)
     return Sizes(prompts=prompts, held_out=held_out, data=data, guidance_scale=guidance_scale, rows=rows)
 
 
-def _count_prompts(config: RunConfig) -> tuple[int, int]:
-    """To train on and held out."""
-    prompts = load_prompts(config.prompts.source)
-    if not config.evaluation.prompts:
-        return len(prompts), len(prompts)
-    held_out = {prompt.text for prompt in load_prompts(config.evaluation.prompts)}
-    return sum(prompt.text not in held_out for prompt in prompts), len(held_out)
-
-
 def _rows(config: RunConfig, algorithm: Algorithm, guidance_scale: float) -> dict[str, int]:
-    """Rows for one image by the rule: one a step, and with guidance two."""
+    """Rows for one image by the rule: one a step, and with guidance two. For one text, its tokens at most."""
+    if config.model.modality == "text":
+        tokens = _tokens_of_text(config) * _readings(algorithm)
+        return {_evaluation(1): tokens} | ({"sample": tokens} if algorithm.samples else {})
     steps = config.sampling.num_inference_steps
     rows = {_evaluation(scale): rows_of_image(steps, scale) for scale in _scales(config, guidance_scale)}
     if algorithm.samples:
@@ -208,6 +206,26 @@ def rows_of_image(steps: int, guidance_scale: float) -> int:
     return steps * (2 if guidance_scale > 1 else 1)
 
 
+def _readings(algorithm: Algorithm) -> int:
+    """How often a sampled text goes through a model: a value head and the base model each read it once more."""
+    return 3 if "log_prob_and_value" in algorithm.needs else 1
+
+
+def _tokens_of_text(config: RunConfig) -> int:
+    """Of the mean prompt, and of the longest completion."""
+    from .pipelines.llm import load_tokenizer
+
+    tokenizer = load_tokenizer(config.model)
+    prompts = {prompt.text for group in build_prompts(config) for prompt in group}
+    lengths = [len(ids) for ids in tokenizer([*prompts]).input_ids]
+    return config.sampling.max_new_tokens + round(sum(lengths) / len(lengths))
+
+
+def _guidance_of(policy: Any) -> float:
+    """A language model knows none."""
+    return getattr(policy, "guidance_scale", 1.0)
+
+
 def _scales(config: RunConfig, guidance_scale: float) -> list[float]:
     return config.evaluation.guidance_scales or [guidance_scale]
 
@@ -218,6 +236,8 @@ def _evaluation(scale: float) -> str:
 
 def _guidance_scale(config: RunConfig) -> float:
     """Of sampling: the configured one, or the default of the pipeline's class."""
+    if config.model.modality == "text":
+        return 1.0
     if config.sampling.guidance_scale is not None:
         return config.sampling.guidance_scale
     import diffusers
@@ -237,13 +257,6 @@ def _guidance_scale(config: RunConfig) -> float:
     pipeline = object.__new__(kind)  # without its weights
     pipeline.register_to_config()
     return float(GuidanceArgument(pipeline).default)
-
-
-def _count_data(config: RunConfig, algorithm: Algorithm) -> int:
-    if config.data is None:
-        return 0
-    load = load_preferences if algorithm.pairs else load_pictures
-    return sum(1 for _ in load(config.data.path, height=8, width=8))
 
 
 # -- counts: functions of the settings, the algorithm and the sizes ----------------------------------------------------
@@ -266,7 +279,7 @@ def counts(config: RunConfig, algorithm: Algorithm, sizes: Sizes) -> list[list[W
         mixed = _mixed_in(config, algorithm, sizes, len(chosen), replayable) if algorithm.samples else 0
         stages = _sampling(config, algorithm, sizes, first=round == 1) if phase.grown == round else []
         stages += _log_ratio(config, algorithm, sizes)
-        stages.append(_training(config, algorithm, [*chosen, *data], len(chosen) + mixed))
+        stages.append(_training(config, algorithm, sizes, [*chosen, *data], len(chosen) + mixed))
         spent += sum(work.passes for work in stages)
         last = round == config.rounds or spent >= (config.budget or math.inf)
         rounds.append(stages + (_evaluations(config, sizes) if last or round % config.evaluation.every == 0 else []))
@@ -294,16 +307,21 @@ def _log_ratio(config: RunConfig, algorithm: Algorithm, sizes: Sizes) -> list[Wo
     if not (algorithm.samples and algorithm.needs_log_ratio):
         return []
     images = sizes.prompts * config.sampling.samples_per_prompt + (sizes.data if algorithm.scores_data else 0)
-    rows = images * 2 * rows_of_image(1, config.training.guidance_scale)
+    rows = images * 2 * rows_of_image(1, config.training.guidance_scale) * _row(config, algorithm, sizes)
     return [Work(stage="log-ratio", images=images, forward=rows, passes=rows)]
 
 
-def _training(config: RunConfig, algorithm: Algorithm, examples: Sequence[Example], count: int) -> Work:
+def _row(config: RunConfig, algorithm: Algorithm, sizes: Sizes) -> int:
+    """What one sample in training counts: of a text, its tokens."""
+    return max(sizes.rows.values()) // _readings(algorithm) if config.model.modality == "text" else 1
+
+
+def _training(config: RunConfig, algorithm: Algorithm, sizes: Sizes, examples: Sequence[Example], count: int) -> Work:
     steps, rows = steps_and_rows(config.training, count)
     batch = examples[: config.training.batch_size] if rows else []
     if not batch:
         return Work(stage="train")
-    counter = _Counter(guided=config.training.guidance_scale > 1)
+    counter = _Counter(guided=config.training.guidance_scale > 1, row=_row(config, algorithm, sizes))
     draw = Draw(
         noise=torch.zeros(len(batch), 1, 1, 1),
         quantile_B=torch.full((len(batch),), 0.5),
@@ -312,15 +330,6 @@ def _training(config: RunConfig, algorithm: Algorithm, examples: Sequence[Exampl
     algorithm.loss(counter, Batch(examples=batch, weight_B=torch.ones(len(batch)), draw=draw, updates=1))
     forward, passes = (round(rows * count / len(batch)) for count in (counter.forward, counter.passes))
     return Work(stage="train", images=rows, steps=steps, forward=forward, passes=passes)
-
-
-def steps_and_rows(training: TrainingConfig, examples: int) -> tuple[int, int]:
-    """Optimizer steps of a round that trains on so many examples, and the rows of their batches together."""
-    if not examples:
-        return 0, 0
-    if training.steps:
-        return training.steps, training.steps * training.batch_size
-    return math.ceil(training.epochs * examples / training.batch_size), training.epochs * examples
 
 
 def _mixed_in(config: RunConfig, algorithm: Algorithm, sizes: Sizes, own: int, replayable: int) -> int:
@@ -373,7 +382,7 @@ def _with_chance_rewards(groups: Sequence[Sequence[Sample]]) -> list[Group]:
 
 
 def _trajectory(config: RunConfig, algorithm: Algorithm, sizes: Sizes) -> Trajectory | None:
-    if algorithm.noise_level is None:
+    if algorithm.noise_level is None or config.model.modality == "text":
         return None
     steps = config.sampling.trajectory_steps or config.sampling.num_inference_steps
     return Trajectory(
@@ -388,7 +397,10 @@ def _trajectory(config: RunConfig, algorithm: Algorithm, sizes: Sizes) -> Trajec
 def _sample(text: str, k: int, trajectory: Trajectory | None = None) -> Sample:
     prompt = Prompt(text=text)
     latents, image = torch.zeros(1, 1, 1), torch.zeros(3, 1, 1, dtype=torch.uint8)
-    return Sample(id=f"{text}-{k}", prompt=prompt, seed=k, image=image, latents=latents, trajectory=trajectory)
+    number = torch.zeros(1)
+    token = Completion(tokens_T=number.long(), log_prob_T=number, value_T=number, reference_log_prob_T=number)
+    sample = Sample(id=f"{text}-{k}", prompt=prompt, seed=k, image=image, latents=latents, trajectory=trajectory)
+    return replace(sample, completion=token)  # of either modality
 
 
 def _data(algorithm: Algorithm, sizes: Sizes) -> list[Example]:
@@ -405,8 +417,8 @@ class _Counter:
 
     modality: Literal["image"] = "image"
 
-    def __init__(self, *, guided: bool):
-        self._guided = guided
+    def __init__(self, *, guided: bool, row: int):
+        self._guided, self._row = guided, row
         self.forward = self.passes = 0
 
     def error(self, samples: Sequence[Sample], draw: Draw) -> torch.Tensor:
@@ -416,12 +428,15 @@ class _Counter:
         prediction = self._predicted(len(samples))
         return Denoised(x0=torch.zeros_like(prediction), predicted_x0=prediction, prediction=prediction)
 
-    def log_prob(self, samples: Sequence[Sample], steps: Sequence[int]) -> torch.Tensor:
+    def log_prob(self, samples: Sequence[Sample], steps: Sequence[int | None]) -> torch.Tensor:
         trajectory = samples[0].trajectory
-        assert trajectory is not None
-        for _ in range(rows_of_image(1, trajectory.guidance_scale)):
+        for _ in range(rows_of_image(1, trajectory.guidance_scale if trajectory else 1.0)):
             self._count(len(samples))
-        return torch.zeros(len(samples), requires_grad=True)
+        return torch.zeros(len(samples), 1, requires_grad=True)
+
+    def log_prob_and_value(self, samples: Sequence[Sample]) -> tuple[torch.Tensor, torch.Tensor]:
+        self._count(len(samples))
+        return torch.zeros(len(samples), 1, requires_grad=True), torch.zeros(len(samples), 1, requires_grad=True)
 
     def parameters(self) -> list[torch.nn.Parameter]:
         return []
@@ -437,8 +452,8 @@ class _Counter:
         return torch.zeros(rows, 1, 1, 1, requires_grad=True)
 
     def _count(self, rows: int) -> None:
-        self.forward += rows
-        self.passes += rows * (3 if torch.is_grad_enabled() else 1)
+        self.forward += rows * self._row
+        self.passes += rows * self._row * (3 if torch.is_grad_enabled() else 1)
 
 
 # -- the probe --------------------------------------------------------------------------------------------------------
@@ -461,22 +476,22 @@ class _Drawn:
 def probe(run: Run) -> Probe:
     """Draw one batch of images in few steps, score it and train on it, and measure. The adapter of `run` is changed."""
     began = time.perf_counter()
-    config, policy = run.config, cast(Any, run.policy)  # what `build` gives is a DiffusionPolicy
+    config, policy = run.config, cast(Any, run.policy)
     prompts = round_prompts(run.prompts, round=0, per_round=config.prompts.per_round, seed=config.seed)
     jobs = sampling.jobs(prompts, config.sampling.samples_per_prompt, run_seed=config.seed, round=1)
     jobs = jobs[: max(2, config.sampling.batch_size)]  # with fewer than two there is nothing to select
     kinds: dict[str, _Kind] = {
-        _evaluation(scale): (policy, scale, None) for scale in _scales(config, policy.guidance_scale)
+        _evaluation(scale): (policy, scale, None) for scale in _scales(config, _guidance_of(policy))
     }
     if run.algorithm.samples:
         sampler = cast(Any, run.teacher or policy)
-        kinds["sample"] = (sampler, sampler.guidance_scale, run.algorithm.noise_level)
+        kinds["sample"] = (sampler, _guidance_of(sampler), run.algorithm.noise_level)
     drawn = {kind: _drawn(*kind, jobs) for kind in dict.fromkeys(kinds.values())}
     of_stage = {stage: drawn[kind] for stage, kind in kinds.items()}
     samples = [replace(sample, flaw=None) for sample in next(reversed(of_stage.values())).samples]
     scoring_seconds = {w.reward.name: _scoring_seconds(w, samples, config) for w in (*run.rewards, *run.watched)}
     judging = sum(scoring_seconds.values())
-    training = _trained(run, samples)
+    trainer, seconds_a_row = _trained(run, samples)
     return Probe(
         device=str(run.accelerator.device),
         rows={stage: round(batch.passes / len(jobs)) for stage, batch in of_stage.items()},
@@ -488,18 +503,21 @@ def probe(run: Run) -> Probe:
         | {
             "score": sum(scoring_seconds[w.reward.name] for w in run.rewards) / len(run.rewards),
             "log-ratio": _log_ratio_seconds(run, samples),
-            "train": training.seconds_a_row,
+            "train": seconds_a_row,
         },
-        checkpoint_bytes=training.state_bytes,
+        checkpoint_bytes=sum(map(_bytes, trainer.state().values())),
         adapter_bytes=_bytes(policy.adapter_state()),
         peak_bytes=_peak_bytes(run.accelerator.device),
-        micro_batch_size=training.micro_batch_size,
+        micro_batch_size=trainer.micro_batch_size,
         seconds=time.perf_counter() - began,
     )
 
 
 def _drawn(policy: Any, scale: float, noise_level: float | None, jobs: Sequence[Job]) -> _Drawn:
     """One batch in all its steps. More than LONG are not taken: each further one is as those between SHORT and LONG."""
+    if policy.modality == "text":
+        _draw(policy, scale, noise_level, jobs[:1])  # kernels are chosen
+        return _draw(policy, scale, noise_level, jobs)
     steps = policy.num_inference_steps if noise_level is None else policy.trajectory_steps
     _draw(policy, scale, noise_level, jobs, min(SHORT, steps))  # kernels are chosen, prompts encoded
     if steps <= LONG:
@@ -514,9 +532,11 @@ def _drawn(policy: Any, scale: float, noise_level: float | None, jobs: Sequence[
     )
 
 
-def _draw(policy: Any, scale: float, noise_level: float | None, jobs: Sequence[Job], steps: int) -> _Drawn:
+def _draw(
+    policy: Any, scale: float, noise_level: float | None, jobs: Sequence[Job], steps: int | None = None
+) -> _Drawn:
     prompts, seeds = [job.prompt for job in jobs], [job.seed for job in jobs]
-    with TemporaryDirectory() as scratch, _steps(policy, steps):
+    with TemporaryDirectory() as scratch, _steps(policy, steps) if steps else nullcontext():
         began, passes = time.perf_counter(), policy.passes
         made = policy.sample(prompts, seeds, guidance_scale=scale, noise_level=noise_level)
         samples = [replace(sample, id=job.id) for sample, job in zip(made, jobs, strict=True)]
@@ -542,22 +562,22 @@ def _steps(policy: Any, steps: int) -> Iterator[None]:
 def _scoring_seconds(weighted: WeightedReward, samples: Sequence[Sample], config: RunConfig) -> float:
     """Of one image. Rewards remember what they have seen, so that others warm them up."""
     size = config.sampling.batch_size
-    others = [replace(s, image=None if s.image is None else 255 - s.image) for s in samples[:size]]
+    others = [_another(sample) for sample in samples[:size]]
     scoring.score_parts(others, weighted.reward, batch_size=size, max_failed=1.0)
     began = time.perf_counter()
     scoring.score_parts(samples, weighted.reward, batch_size=size, max_failed=1.0)
     return (time.perf_counter() - began) / len(samples)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Trained:
-    seconds_a_row: float
-    state_bytes: int
-    micro_batch_size: int
+def _another(sample: Sample) -> Sample:
+    if sample.image is not None:
+        return replace(sample, image=255 - sample.image)
+    return replace(sample, text=f"{sample.text} ...")
 
 
-def _trained(run: Run, samples: Sequence[Sample]) -> _Trained:
-    """A few optimizer steps on what the algorithm selects of `samples`; no seconds where it selects nothing."""
+def _trained(run: Run, samples: Sequence[Sample]) -> tuple[Trainer, float]:
+    """The trainer after a few optimizer steps on what the algorithm selects of `samples`, and the seconds of a row:
+    NaN where it selects nothing."""
     groups = _with_chance_rewards([list(of_prompt) for _, of_prompt in groupby(samples, lambda s: s.prompt)])
     phase = run.algorithm.phase(1, [_report(0, Phase(grown=0), 0)])
     examples = list(run.data)
@@ -569,12 +589,7 @@ def _trained(run: Run, samples: Sequence[Sample]) -> _Trained:
     )
     times: list[float] = []
     trainer.train(examples, round=1, after_step=lambda step, metrics: times.append(time.perf_counter()))
-    steps = max(1, len(times) - 1)
-    return _Trained(
-        seconds_a_row=(times[-1] - times[0]) / steps / settings.batch_size if times else math.nan,
-        state_bytes=sum(map(_bytes, trainer.state().values())),
-        micro_batch_size=trainer.micro_batch_size,
-    )
+    return trainer, (times[-1] - times[0]) / (STEPS - 1) / settings.batch_size if times else math.nan
 
 
 def _log_ratio_seconds(run: Run, samples: Sequence[Sample]) -> float:
@@ -604,7 +619,7 @@ def _peak_bytes(device: torch.device) -> int:
 
 def table(plan: Plan) -> Table:
     """The stages of the run, a line each, and their sum."""
-    columns = ("", "images", "scorings", "steps", "forward", "passes", "round 1", *(["time"] if plan.probe else []))
+    columns = ("", _noun(plan), "scorings", "steps", "forward", "passes", "round 1", *(["time"] if plan.probe else []))
     rows = Table(box=None, pad_edge=False)
     for column in columns:
         rows.add_column(column, justify="right" if column else "left", no_wrap=True)
@@ -612,11 +627,16 @@ def table(plan: Plan) -> Table:
     for work in plan.stages:
         numbers = (work.images, work.scorings, work.steps, work.forward, work.passes, first.get(work.stage, 0))
         measured = [duration(plan.seconds(work))] if plan.probe else []
-        rows.add_row(work.stage, *(f"{number:,}" if number else "" for number in numbers), *measured)
+        stage = work.stage.removesuffix(" at 1") if plan.config.model.modality == "text" else work.stage
+        rows.add_row(stage, *(f"{number:,}" if number else "" for number in numbers), *measured)
     sums = [sum(work.forward for work in plan.stages), sum(work.passes for work in plan.stages), sum(first.values())]
     measured = [duration(total_seconds(plan))] if plan.probe else []
     rows.add_row("in all", "", "", "", *(f"{number:,}" for number in sums), *measured, style="bold")
     return rows
+
+
+def _noun(plan: Plan) -> str:
+    return {"image": "images", "text": "texts"}[plan.config.model.modality]
 
 
 def total_seconds(plan: Plan) -> float:
@@ -629,13 +649,14 @@ def lines(plan: Plan) -> list[str]:
     config, sizes, rounds = plan.config, plan.sizes, len(plan.rounds) - 1
     drawn, held_out = config.sampling.samples_per_prompt, config.evaluation.seeds_per_prompt
     evaluations = sum(any(work.stage.startswith("evaluate") for work in stages) for stages in plan.rounds)
+    rows = "tokens through the model" if config.model.modality == "text" else "rows through the denoiser"
     said = [
-        f"rounds: {rounds}, each of {sizes.prompts} prompts x {drawn} = {sizes.prompts * drawn} images"
+        f"rounds: {rounds}, each of {sizes.prompts} prompts x {drawn} = {sizes.prompts * drawn} {_noun(plan)}"
         if "sample" in sizes.rows
         else f"rounds: {rounds}, each on {sizes.data} examples of your own data",
         f"evaluations: {evaluations}, the base's among them, of {sizes.held_out} prompts x {held_out}",
-        "forward: rows through the denoiser; passes: the same as the run's ledger and `budget` count them, "
-        "rows with gradients three times; round 1: its passes",
+        f"forward: {rows}; passes: the same as the run's ledger and `budget` count them, "
+        "those with gradients three times; round 1: its passes",
     ]
     if rounds < config.rounds:
         said.append(f"the budget of {config.budget:,} passes is spent after {rounds} of {config.rounds} rounds")
@@ -653,15 +674,12 @@ def _measured_lines(plan: Plan, probe: Probe) -> list[str]:
         f"time: {duration(total_seconds(plan))}, estimated from a probe of {probe.seconds:.0f} seconds on "
         f"{probe.device}, for one process; loading, reports and checkpoints come on top",
         f"memory: {size(probe.peak_bytes)}, the peak of {where} in the probe",
-        f"disk: {size(pictures + checkpoints)}, of it {size(pictures)} pictures and latents",
+        f"disk: {size(pictures + checkpoints)}, of it {size(pictures)} samples",
     ]
-    if probe.micro_batch_size is not None and probe.micro_batch_size < _micro_batch_size(plan.config):
+    training = plan.config.training
+    if (probe.micro_batch_size or math.inf) < (training.micro_batch_size or training.batch_size):
         said.append(f"training did not fit into the memory but by {probe.micro_batch_size} rows at once")
     return said
-
-
-def _micro_batch_size(config: RunConfig) -> int:
-    return config.training.micro_batch_size or config.training.batch_size
 
 
 def disk_bytes(plan: Plan, probe: Probe) -> tuple[float, int]:
@@ -671,19 +689,6 @@ def disk_bytes(plan: Plan, probe: Probe) -> tuple[float, int]:
     # The newest ones, the best round's where it is older, and one within a round.
     kept = min(rounds, Checkpoints(config.folder).keep + 1) + bool(config.training.save_every_steps)
     return pictures, kept * probe.checkpoint_bytes + probe.adapter_bytes
-
-
-def duration(seconds: float | None) -> str:
-    """Two figures that matter: `42 s`, `3 min 20 s`, `5 h 10 min`, `2 d 3 h`."""
-    if seconds is None or math.isnan(seconds):
-        return "?"
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    whole = round(seconds)
-    for large, name, small, small_name in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
-        if whole >= large:
-            return f"{whole // large} {name} {whole % large // small} {small_name}"
-    return f"{whole} s"
 
 
 def size(count: float) -> str:

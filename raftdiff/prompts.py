@@ -19,6 +19,7 @@ import numpy as np
 from .errors import ConfigError, DataError
 from .registry import nearest
 from .shapes.captions import BACKGROUNDS, COLORS, NUMBERS, POSITIONS, RELATIONS, SHAPES, SIZES, Caption, random_caption
+from .shapes.texts import TASKS, random_text
 from .types import Prompt
 
 logger = logging.getLogger(__name__)
@@ -35,7 +36,8 @@ def load_prompts(source: str | Path | Sequence[str], *, limit: int | None = None
     column `prompt`, `caption` or `text` (the first of these that is there; the others become the metadata, except
     binary columns of parquet); or `shapes:KIND[/COUNT[/SEED]]`, distinct captions of the embedded world, KIND one
     of single, count, relation, all, bare, open (64 and seed 0 unless said; bare is "a COLOR SHAPE", all 24 unless
-    said, open is that with or without a background, 144, which leave size and position open). Text is
+    said, open is that with or without a background, 144, which leave size and position open); or
+    `shapes-text:TASK[/COUNT[/SEED]]`, prompts of its language tasks, translation, continuation or caption. Text is
     UTF-8, with or without a byte order mark, with any line endings. Files are streamed and read no further than
     `limit` asks.
 
@@ -63,8 +65,8 @@ def load_prompts(source: str | Path | Sequence[str], *, limit: int | None = None
 
 
 def _read(source: str | Path | Sequence[str]) -> Iterator[Prompt]:
-    if isinstance(source, str) and source.startswith("shapes:"):
-        return _shapes(source)
+    if isinstance(source, str) and is_generated(source):
+        return _generated(source)
     if isinstance(source, str | Path):
         return _file(Path(source).expanduser())
     return _prompts((f"prompt {number} of the list", {"prompt": text}) for number, text in enumerate(source, start=1))
@@ -205,21 +207,28 @@ _DISTINCT = {
     "open": len(_OPEN),
 }
 _DISTINCT["all"] = _DISTINCT["single"] + _DISTINCT["count"] + _DISTINCT["relation"]
+_DISTINCT_TEXTS = dict.fromkeys(TASKS, 4000)  # there are more, but drawing until all were met takes long
 
 
-def _shapes(source: str) -> Iterator[Prompt]:
-    """`shapes:KIND/COUNT/SEED`. A larger COUNT begins with the captions of a smaller one."""
-    kind, *numbers = source.removeprefix("shapes:").split("/")
-    if kind not in _DISTINCT:
-        raise ConfigError(
-            f"{source}: unknown kind {kind!r}{nearest(kind, _DISTINCT)} (there are {', '.join(_DISTINCT)})"
-        )
+def is_generated(source: str) -> bool:
+    """Whether `source` names prompts of the embedded world, and no file."""
+    return source.startswith(("shapes:", "shapes-text:"))
+
+
+def _generated(source: str) -> Iterator[Prompt]:
+    """`shapes:KIND/COUNT/SEED`, `shapes-text:KIND/COUNT/SEED`. A larger COUNT begins with the prompts of a smaller."""
+    world, _, rest = source.partition(":")
+    limits = _DISTINCT if world == "shapes" else _DISTINCT_TEXTS
+    kind, *numbers = rest.split("/")
+    if kind not in limits:
+        raise ConfigError(f"{source}: unknown kind {kind!r}{nearest(kind, limits)} (there are {', '.join(limits)})")
     if len(numbers) > 2 or not all(re.fullmatch("[0-9]{1,18}", number) for number in numbers):
-        raise ConfigError(f"{source}: write shapes:KIND/COUNT/SEED with whole numbers, such as shapes:{kind}/24/1")
-    wanted = int(numbers[0]) if numbers else min(64, _DISTINCT[kind])
-    if not 1 <= wanted <= _DISTINCT[kind]:
-        raise ConfigError(f"{source}: there are 1 to {_DISTINCT[kind]} captions of the kind {kind}, not {wanted}")
-    return _captions(kind, wanted, np.random.default_rng(int(numbers[1]) if len(numbers) == 2 else 0))
+        raise ConfigError(f"{source}: write {world}:KIND/COUNT/SEED with whole numbers, such as {world}:{kind}/24/1")
+    wanted = int(numbers[0]) if numbers else min(64, limits[kind])
+    if not 1 <= wanted <= limits[kind]:
+        raise ConfigError(f"{source}: there are 1 to {limits[kind]} prompts of the kind {kind}, not {wanted}")
+    rng = np.random.default_rng(int(numbers[1]) if len(numbers) == 2 else 0)
+    return _captions(kind, wanted, rng) if world == "shapes" else _texts(kind, wanted, rng)
 
 
 def _captions(kind: str, wanted: int, rng: np.random.Generator) -> Iterator[Prompt]:
@@ -234,6 +243,15 @@ def _captions(kind: str, wanted: int, rng: np.random.Generator) -> Iterator[Prom
         if caption not in drawn:
             drawn.add(caption)
             yield Prompt(text=str(caption), metadata={"kind": caption.kind})
+
+
+def _texts(task: str, wanted: int, rng: np.random.Generator) -> Iterator[Prompt]:
+    drawn: set[str] = set()
+    while len(drawn) < wanted:
+        text = random_text(task, rng).prompt
+        if text not in drawn:
+            drawn.add(text)
+            yield Prompt(text=text, metadata={"task": task})
 
 
 def round_prompts(prompts: Sequence[Prompt], *, round: int, per_round: int | None, seed: int) -> list[Prompt]:

@@ -6,14 +6,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
 from .config import RunConfig
-from .types import Batch, Denoised, Draw, Example, Group, Phase, Prompt, RoundReport, Sample
-
-Modality = Literal["image", "text"]
+from .types import Batch, Denoised, Draw, Example, Group, Modality, Phase, Prompt, RoundReport, Sample
 
 
 @runtime_checkable
@@ -78,8 +76,12 @@ class Reward(Protocol):
     """Judges samples; higher is better."""
 
     name: str
-    modality: Modality
     differentiable: bool
+
+    @property
+    def modality(self) -> Modality | None:
+        """What it judges; None for whatever the samples hold."""
+        ...
 
     def score(self, samples: Sequence[Sample]) -> torch.Tensor:
         """float32 [B] on the CPU, NaN for a sample that could not be judged (never 0 for a failure)."""
@@ -87,14 +89,25 @@ class Reward(Protocol):
 
 
 class GivesLogProb(Policy, Protocol):
-    """A policy whose trajectories have a likelihood: what policy gradients need."""
+    """A policy whose steps or tokens have a likelihood: what policy gradients need."""
 
     log_prob_rounding: float
     """How far, by rounding alone, the ratio of densities may be from 1 right after sampling."""
 
-    def log_prob(self, samples: Sequence[Sample], steps: Sequence[int]) -> torch.Tensor:
-        """Log-density of one step of each sample's trajectory, float32 [B], with gradients: the mean over the latent
-        dimensions (the sum over a completion's tokens). Right after sampling it is the trajectory's own."""
+    def log_prob(self, samples: Sequence[Sample], steps: Sequence[int | None]) -> torch.Tensor:
+        """Log-probabilities of what was sampled, float32 [B, T], with gradients: of one denoising step of each sample,
+        T = 1, the mean over the latent dimensions; of the tokens of each completion, whose step is None, at its
+        temperature, and 0 beyond its end. Right after sampling they are `Batch.sampled_log_prob`."""
+        ...
+
+
+class GivesValue(GivesLogProb, Protocol):
+    """A policy with a value head, whose completions keep `value_T` and `reference_log_prob_T`: what PPO needs."""
+
+    def log_prob_and_value(self, samples: Sequence[Sample]) -> tuple[torch.Tensor, torch.Tensor]:
+        """`log_prob` of the tokens of each completion and, of the same pass, what the head expects of the rewards
+        before each token; both float32 [B, T], with gradients, 0 beyond its end. Right after sampling they are those
+        that the completion keeps."""
         ...
 
 
@@ -109,7 +122,7 @@ class Algorithm(ABC):
     overrides the rest where it is not like RAFT."""
 
     needs: tuple[str, ...] = ()
-    """Methods that the policy must have beside those that all have: `log_prob`, `denoised`."""
+    """Methods that the policy must have beside those that all have: `log_prob`, `denoised`, ..."""
     needs_log_ratio: bool = False
     """Whether selection reads `Scored.log_ratio`."""
     noise_level: float | None = None

@@ -1,4 +1,4 @@
-"""Names of rewards, algorithms and policies, and where each one lives. Nothing is imported before it is asked for.
+"""Names of rewards, judges, algorithms and policies, and where each lives. Nothing is imported before it is asked for.
 
 A new unit is one file and one line in a table below. Another package adds one with an entry point:
 
@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from importlib import metadata
-from typing import Any
+from typing import Any, get_args
 
 from .errors import ConfigError, MissingExtraError
 
@@ -26,6 +26,13 @@ def nearest(name: str, names: Iterable[str]) -> str:
     """
     close = get_close_matches(name, list(names), n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def check_choice(option: str, value: Any, choices: Any) -> None:
+    """Raise ConfigError unless the value of an option is one of `choices`, a Literal type."""
+    known = get_args(choices)
+    if value not in known:
+        raise ConfigError(f"{option} is {value!r}{nearest(str(value), known)} (there are {', '.join(known)})")
 
 
 class Registry:
@@ -130,8 +137,23 @@ REWARDS = Registry(
         "clip": "raftdiff.reward_models.clip:ClipReward",
         "aesthetic": "raftdiff.reward_models.aesthetic:AestheticReward",
         "jpeg": "raftdiff.reward_models.jpeg:JpegReward",
+        "image-stats": "raftdiff.reward_models.image_stats:ImageStatsReward",
+        "pickscore": "raftdiff.reward_models.clip:PickScoreReward",
+        "hpsv2": "raftdiff.reward_models.clip:HpsV2Reward",
+        "hpsv2.1": "raftdiff.reward_models.clip:HpsV21Reward",
+        "image-reward": "raftdiff.reward_models.image_reward:ImageReward",
+        "reward-model": "raftdiff.reward_models.reward_model:RewardModel",
+        "length": "raftdiff.reward_models.text_rules:LengthReward",
+        "repetition": "raftdiff.reward_models.text_rules:RepetitionReward",
+        "regex": "raftdiff.reward_models.text_rules:RegexReward",
+        "exact-match": "raftdiff.reward_models.text_rules:ExactMatchReward",
+        "pictures": "raftdiff.pictures:PicturesReward",
+        "sentiment": "raftdiff.reward_models.sentiment:SentimentReward",
+        "judge": "raftdiff.reward_models.judge:JudgeReward",
+        "preference": "raftdiff.reward_models.preference:PreferenceReward",
         "shapes-oracle": "raftdiff.reward_models.shapes_oracle:ShapesOracleReward",
         "shapes-rating": "raftdiff.reward_models.shapes_oracle:ShapesRatingReward",
+        "shapes-translation": "raftdiff.reward_models.shapes_translation:ShapesTranslationReward",
     },
     entry_point_group="raftdiff.rewards",
 )
@@ -144,10 +166,22 @@ ALGORITHMS = Registry(
         "rwr": "raftdiff.algorithms.rwr:Rwr",
         "sft": "raftdiff.algorithms.sft:Sft",
         "policy-gradient": "raftdiff.algorithms.policy_gradient:PolicyGradient",
+        "ppo": "raftdiff.algorithms.ppo:Ppo",
         "nft": "raftdiff.algorithms.nft:Nft",
     },
     entry_point_group="raftdiff.algorithms",
 )
+JUDGES = Registry(
+    "judge",
+    {
+        "endpoint": "raftdiff.reward_models.judge_endpoint:EndpointJudge",
+        "local": "raftdiff.reward_models.judge_local:LocalJudge",
+        "oracle": "raftdiff.reward_models.judge_oracle:OracleJudge",
+    },
+    entry_point_group="raftdiff.judges",
+)
 POLICIES = Registry(
-    "policy", {"diffusion": "raftdiff.pipelines.diffusion:DiffusionPolicy"}, entry_point_group="raftdiff.policies"
+    "modality",
+    {"image": "raftdiff.pipelines.diffusion:DiffusionPolicy", "text": "raftdiff.pipelines.llm:LanguagePolicy"},
+    entry_point_group="raftdiff.policies",
 )

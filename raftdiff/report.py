@@ -15,6 +15,7 @@ import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,8 +29,9 @@ from rich.text import Text
 
 from .checkpoint import fsync_folder, write_file
 from .errors import DataError, StorageError
-from .evaluation import Verdict
-from .types import Evaluation, Interval, RoundReport, Sample, Scored
+from .evaluation import Trend, Verdict
+from .objectives import Together
+from .types import Evaluation, Interval, Modality, RoundReport, Sample, Scored
 
 TEMPLATES = Path(__file__).parent / "templates"
 SMALL_SIDE = 128  # pictures up to this size stay lossless and are shown with hard pixels
@@ -154,15 +156,16 @@ def comparison(base: Sequence[Evaluation], aligned: Sequence[Evaluation], traine
         for name in sorted(evaluation.metrics, key=lambda name: order_of_metrics(name, trained)):
             after, gain = evaluation.metrics[name], evaluation.gains.get(name)
             digits = _digits(gain or after)
+            gained, interval = format_interval(gain) if gain else (ABSENT, ABSENT)
             rows.append(
                 Row(
-                    guidance=guidance_label(evaluation.guidance_scale),
+                    guidance=guidance_label(evaluation.guidance_scale, evaluation.modality),
                     metric=name,
                     role=role_of_metric(name, trained),
                     base=_number(before.metrics[name].mean, digits) if before and name in before.metrics else ABSENT,
                     aligned=_number(after.mean, digits),
-                    gain=_number(gain.mean, digits, signed=True) if gain else ABSENT,
-                    interval=f"{_number(gain.low, digits)} to {_number(gain.high, digits)}" if gain else ABSENT,
+                    gain=gained,
+                    interval=interval,
                     interval_values=gain if gain and gain.count else None,
                     verdict="unsure" if not gain or not gain.excludes_zero else "better" if gain.mean > 0 else "worse",
                 )
@@ -170,7 +173,27 @@ def comparison(base: Sequence[Evaluation], aligned: Sequence[Evaluation], traine
     return rows
 
 
-def guidance_label(scale: float) -> str:
+def against_base(
+    reports: Sequence[RoundReport], verdict: Verdict, trained: Collection[str]
+) -> tuple[int | None, list[Row]]:
+    """The round that is exported and its comparison with the base; None and no rows where the base alone was
+    evaluated."""
+    evaluated = [report for report in reports if report.evaluations]
+    if len(evaluated) < 2:
+        return None, []
+    aligned = evaluated[verdict.best or -1]
+    return aligned.round, comparison(evaluated[0].evaluations, aligned.evaluations, trained)
+
+
+def by_guidance(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
+    """The rows of each guidance scale, under its label."""
+    return [(guidance, list(group)) for guidance, group in groupby(rows, lambda row: row.guidance)]
+
+
+def guidance_label(scale: float, modality: Modality = "image") -> str:
+    """What distinguishes the evaluations of one model."""
+    if modality == "text":
+        return "held-out prompts"
     return "without guidance" if scale <= 1 else f"guidance scale {scale:g}"
 
 
@@ -313,8 +336,9 @@ class Chart:
     LEFT, RIGHT, TOP, BOTTOM = 46, 350, 12, 164
 
 
-def draw_chart(title: str, role: str, curves: Sequence[Curve]) -> Chart:
-    """Scale the curves to one box; values that are not finite are left out."""
+def draw_chart(title: str, role: str, curves: Sequence[Curve], *, quantity: bool = False) -> Chart:
+    """Scale the curves to one box; values that are not finite are left out. Along them are rounds, passes or seconds,
+    or with `quantity` any numbers."""
     places = [at for curve in curves for at in curve.at]
     heights = [v for curve in curves for v in (*curve.values, *curve.lows, *curve.highs) if math.isfinite(v)] or [0.0]
     ticks, digits = _ticks(min(heights), max(heights))
@@ -340,7 +364,12 @@ def draw_chart(title: str, role: str, curves: Sequence[Curve]) -> Chart:
         drawings.append(
             Drawing(label=curve.label, path=_path(points), band=_path(band) + "Z" if band else "", points=points)
         )
-    x_ticks = [(x(at), _short(at)) for at in _ticks(first, last)[0] if first <= at <= last and at == int(at)]
+    places, decimals = _ticks(first, last)
+    x_ticks = [
+        (x(at), _number(at, decimals) if quantity else _short(at))
+        for at in places
+        if first <= at <= last and (quantity or at == int(at))
+    ]
     y_ticks = [(y(tick), _number(tick, digits)) for tick in ticks]
     return Chart(title=title, role=role, drawings=drawings, x_ticks=x_ticks, y_ticks=y_ticks)
 
@@ -379,7 +408,7 @@ def _charts(reports: Sequence[RoundReport], trained: Collection[str]) -> list[Ch
             if found:
                 curves.append(
                     Curve(
-                        label=guidance_label(scale),
+                        label=guidance_label(scale, evaluated[0][1].modality),
                         at=[at for at, _ in found],
                         values=[interval.mean for _, interval in found],
                         lows=[interval.low for _, interval in found],
@@ -387,6 +416,7 @@ def _charts(reports: Sequence[RoundReport], trained: Collection[str]) -> list[Ch
                     )
                 )
         charts.append(draw_chart(name, role_of_metric(name, trained), curves))
+    charts += [_statistic_chart(name, by_scale) for name in _statistics(by_scale)]
     groups = [
         Curve(label=label, at=[r.round for r in having], values=[r.rewards[key] for r in having])
         for key, label in (("best_of_group", "best of each prompt"), ("reward", "mean of all"))
@@ -401,6 +431,21 @@ def _charts(reports: Sequence[RoundReport], trained: Collection[str]) -> list[Ch
         curve = Curve(label=name, at=[report.round for report in having], values=values)
         charts.append(draw_chart(f"training: {name}", "", [curve]))
     return charts
+
+
+def _statistics(by_scale: Mapping[float, Sequence[tuple[float, Evaluation]]]) -> list[str]:
+    names = dict.fromkeys(name for evaluated in by_scale.values() for _, e in evaluated for name in e.statistics)
+    return [name for name in names if name != "spread"]
+
+
+def _statistic_chart(name: str, by_scale: Mapping[float, Sequence[tuple[float, Evaluation]]]) -> Chart:
+    """A statistic of the held-out pictures over the rounds, at each guidance scale."""
+    curves = [
+        Curve(label=guidance_label(scale), at=[at for at, _ in having], values=[m.mean for _, m in having])
+        for scale, evaluated in by_scale.items()
+        if (having := [(at, e.statistics[name]) for at, e in evaluated if name in e.statistics])
+    ]
+    return draw_chart(f"pictures: {name}", "", curves)
 
 
 # ------------------------------------------------------------------------------------------------ report.html
@@ -428,6 +473,8 @@ def write_report(
     config_yaml: str,
     load_line: str,
     trained: Collection[str],
+    together: Together | None = None,
+    trends: Mapping[str, Trend] | None = None,
 ) -> Path:
     """Write `report.html` into a run folder, atomically: any moment shows a whole report, the old or the new.
 
@@ -440,6 +487,8 @@ def write_report(
         config_yaml: the run's settings, without secrets.
         load_line: the code that loads the adapter.
         trained: names of the rewards that the run trains on; `reward`, their combination, always is.
+        together: what the samples of the last round say of several rewards, which then have a section.
+        trends: where each of them goes in the evaluations, if there are two.
 
     Returns:
         The path of the report.
@@ -447,29 +496,27 @@ def write_report(
     Raises:
         StorageError: the file could not be written.
     """
-    evaluated = [report for report in reports if report.evaluations]
-    aligned = evaluated[verdict.best or -1] if len(evaluated) > 1 else None
-    rows = comparison(evaluated[0].evaluations, aligned.evaluations, trained) if aligned else []
-    guidance_groups: dict[str, list[Row]] = {}
-    for row in rows:
-        guidance_groups.setdefault(row.guidance, []).append(row)
+    aligned_round, rows = against_base(reports, verdict, trained)
+    ledger = totals(reports)
     html = page(
         "report.html.jinja",
         title=title,
         verdict=verdict,
         headline=rows[0] if rows else None,
-        aligned_round=aligned.round if aligned else None,
-        guidance_groups=guidance_groups,
+        aligned_round=aligned_round,
+        tables=by_guidance(rows),
         pairs=[(one.prompt.text, picture(one), picture(other)) for one, other in side_by_side(before, after, PAIRS)],
         charts=_charts(reports, trained),
         chart_box=Chart,
+        together=together,
+        trends=trends or {},
         extremes=[("Best", _cards(best)), ("Worst", _cards(worst))],
-        ledger=_ledger(reports),
+        ledger=ledger,
         reports=reports,
         config_yaml=config_yaml,
         load_line=load_line,
-        seconds=sum(line.seconds for r in reports for line in r.ledger),
-        passes=sum(line.passes for r in reports for line in r.ledger),
+        seconds=sum(line.seconds for line in ledger),
+        passes=sum(line.passes for line in ledger),
     )
     path = run_folder / "report.html"
     write_file(path, html.encode())
@@ -480,8 +527,8 @@ def _cards(samples: Sequence[Scored]) -> list[tuple[Scored, Picture]]:
     return [(scored, picture(scored.sample)) for scored in samples]
 
 
-def _ledger(reports: Sequence[RoundReport]) -> list[Total]:
-    """Stages in the order they first ran, summed over the rounds."""
+def totals(reports: Sequence[RoundReport]) -> list[Total]:
+    """The ledger: stages in the order they first ran, summed over the rounds."""
     stages = dict.fromkeys(line.stage for report in reports for line in report.ledger)
     return [
         Total(
@@ -493,11 +540,17 @@ def _ledger(reports: Sequence[RoundReport]) -> list[Total]:
     ]
 
 
-def _duration(seconds: float) -> str:
-    if seconds < 60:
+def duration(seconds: float | None) -> str:
+    """Two figures that matter: `42 s`, `3 min 20 s`, `5 h 10 min`, `2 d 3 h`."""
+    if seconds is None or math.isnan(seconds):
+        return "?"
+    if seconds < 10:
         return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+    whole = round(seconds)
+    for large, name, small, small_name in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
+        if whole >= large:
+            return f"{whole // large} {name} {whole % large // small} {small_name}"
+    return f"{whole} s"
 
 
 def _forest(interval: Interval) -> dict[str, float]:
@@ -509,27 +562,28 @@ def _forest(interval: Interval) -> dict[str, float]:
 
 def page(template: str, **values: Any) -> str:
     """A page from one of the templates; everything that is put in is escaped."""
-    return _environment().get_template(template).render(**values)
+    return environment(TEMPLATES).get_template(template).render(**values)
 
 
 def format_interval(interval: Interval) -> tuple[str, str]:
     """The mean, signed, and the ends, with as many decimals as the interval deserves."""
     digits = _digits(interval)
-    return _number(
-        interval.mean, digits, signed=True
-    ), f"{_number(interval.low, digits)} to {_number(interval.high, digits)}"
+    ends = f"{_number(interval.low, digits)} to {_number(interval.high, digits)}"
+    return _number(interval.mean, digits, signed=True), ends
 
 
 @cache
-def _environment() -> jinja2.Environment:
+def environment(folder: Path) -> jinja2.Environment:
+    """The templates of a folder, and those here for them to import from; everything that is put in is escaped."""
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES),
+        loader=jinja2.FileSystemLoader([folder, TEMPLATES]),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["duration"] = _duration
+    environment.filters["duration"] = duration
     environment.filters["forest"] = _forest
+    environment.filters["correlation"] = lambda value: _number(value, 2)
     environment.filters["score"] = lambda value: ABSENT if value is None else _number(value, 3)
     return environment

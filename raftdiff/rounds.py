@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from . import sampling, scoring
+from . import objectives, sampling, scoring
 from .card import HERE, provenance, write_card
 from .checkpoint import Checkpoint, Checkpoints, RunLock, clean_staging, publish_folder, sort_header, write_file
 from .config import RunConfig, difference, dump_config, is_identity, load_config, parse_config
 from .errors import ResumeError
-from .evaluation import Verdict, measure, verdict
+from .evaluation import Verdict, best_held_out, measure, picture_moments, run_verdict, trend
 from .interrupts import StopRequest, stop_requests
 from .ledger import Ledger
 from .prompts import round_prompts
@@ -28,9 +28,10 @@ from .protocols import Algorithm, Policy
 from .report import append_metrics, read_metrics, truncate_metrics, write_report
 from .sampling import Job
 from .scoring import WeightedReward
+from .sharding import sharded
 from .store import SampleStore
 from .training import Trainer
-from .types import Evaluation, Example, Group, Phase, Prompt, RoundReport, Sample, Scored, StageCost
+from .types import Evaluation, Example, Group, Moments, Phase, Prompt, RoundReport, Sample, Scored, StageCost
 
 logger = logging.getLogger(__name__)
 
@@ -135,12 +136,12 @@ def run_rounds(run: Run, *, resume: bool = False) -> Result:
                 break
             phase = run.algorithm.phase(round, reports)
             samples = stages.sample(phase)
-            groups = stages.score(phase, samples)
+            groups, moments = stages.score(phase, samples, reports)
             examples = stages.select(round, phase, groups)
             training = stages.train(round, phase, examples, first_step=step)
             step = 0
             evaluations = stages.evaluate(round, reports)
-            reports.append(stages.publish(round, phase, groups, examples, training, evaluations, reports))
+            reports.append(stages.publish(round, phase, groups, moments, examples, training, evaluations, reports))
             done = round
         return stages.finish(reports)
 
@@ -311,20 +312,27 @@ class _Stages:
             on_batch=self.run.display.advance,
         )
 
-    def score(self, phase: Phase, samples: Sequence[Sample]) -> list[Group]:
-        """The samples with their rewards, and the user's own data with theirs where the algorithm selects from both."""
+    def score(
+        self, phase: Phase, samples: Sequence[Sample], reports: Sequence[RoundReport]
+    ) -> tuple[list[Group], dict[str, Moments]]:
+        """The samples with their rewards, and the user's own data with theirs where the algorithm selects from both;
+        and the running statistics of the rewards, with these samples in them."""
+        moments = dict(reports[-1].moments)
         if not samples:
-            return []
+            return [], moments
         round = phase.grown
         self.run.display.stage(round, "score", len(samples) * len(self.run.rewards))
         with self.ledger.stage("score"):
             values = self._score(samples, self.run.rewards, self.store, round)
+            if not phase.improve:  # else they are in them already
+                moments = objectives.with_values(moments, values)
             if self.run.algorithm.scores_data and self.run.data:
                 data = [example.sample for example in self.run.data]
                 of_data = self._score(data, self.run.rewards, self.store, 0)  # once in a run
                 samples = [*samples, *data]
                 values = {name: torch.cat([value_N, of_data[name]]) for name, value_N in values.items()}
-            scored = scoring.combined(samples, values, self.weights, self.config.combine)
+            how = replace(scoring.combination(self.config, reports, grown=round), moments=moments)
+            scored = scoring.combined(samples, values, how)
         if self.run.algorithm.needs_log_ratio:
             self.run.display.stage(round, "log-ratio", len(samples))
             with self.ledger.stage("log-ratio"):
@@ -335,8 +343,9 @@ class _Stages:
                     round=round,
                     batch_size=self.config.sampling.batch_size,
                     stop=self.stop,
+                    fixed=sharded(self.run.accelerator),
                 )
-        return scoring.by_prompt(scored)
+        return scoring.by_prompt(scored), moments
 
     def _score(
         self, samples: Sequence[Sample], rewards: Sequence[WeightedReward], store: SampleStore, round: int
@@ -428,9 +437,21 @@ class _Stages:
                 "fingerprint": self.run.policy.fingerprint(),
                 "parts": sorted(parts),
                 "config": self.config.model_dump(mode="json"),
+                "rewards": {
+                    w.reward.name: getattr(w.reward, "weights_from", None)
+                    for w in (*self.run.rewards, *self.run.watched)
+                },
             }
             reports = read_metrics(self.metrics)
-            self.checkpoints.save(round, step, parts, meta, [_exported(reports, self.verdict(reports)).round])
+            self.checkpoints.save(round, step, parts, meta, self._kept(reports))
+
+    def _kept(self, reports: Sequence[RoundReport]) -> list[int]:
+        """The rounds that would be exported now, or after an alarm that may come."""
+        kept = [_exported(reports, self.verdict(reports)).round]
+        if self.config.evaluation.sentinel == "rollback":
+            evaluated = _evaluated(reports)
+            kept.append(evaluated[best_held_out([r.evaluations[0] for r in evaluated], self.held_out)].round)
+        return kept
 
     # -- evaluation -----------------------------------------------------------------------------------------------
 
@@ -480,15 +501,17 @@ class _Stages:
                 samples = self._sample(self.run.policy, wanted, store, round, scale=scale)
                 values = self._score(samples, rewards, store, round)
                 base = self._base_evaluations()[i] if round else None
-                evaluations.append(
-                    measure(
-                        samples,
-                        self._with_combined(values, base),
-                        guidance_scale=scale,
-                        base=base,
-                        embed=next((e for w in rewards if (e := getattr(w.reward, "embed", None))), None),
-                    )
+                found = measure(
+                    samples,
+                    self._with_combined(values, base),
+                    guidance_scale=scale,
+                    base=base,
+                    embed=next((e for w in rewards if (e := getattr(w.reward, "embed", None))), None),
                 )
+                if self.config.evaluation.sentinel != "off":
+                    before = store.read_samples(0) if round else ()
+                    found = replace(found, statistics=picture_moments(samples, before))
+                evaluations.append(found)
         return tuple(evaluations)
 
     def _base_evaluations(self) -> tuple[Evaluation, ...]:
@@ -498,26 +521,27 @@ class _Stages:
 
     def _with_combined(self, values: Mapping[str, torch.Tensor], base: Evaluation | None) -> dict[str, torch.Tensor]:
         """The values with the combined reward beside them. Standardised parts are measured against the base model's
-        mean and deviation, so that the base has 0 and all rounds share one scale."""
-        combined = torch.zeros(len(next(iter(values.values()))), dtype=torch.float64)
+        mean and deviation, so that all rounds share one scale; under a weighted sum the base has 0."""
+        weighted = {}
         for name, weight in self.weights.items():
-            if not weight:
-                continue
-            value_N = values[name].double()
-            if self.config.combine == "standardized":
-                reference = value_N if base is None else torch.tensor(base.per_sample[name], dtype=torch.float64)
-                value_N = scoring.standardize(value_N, reference)
-            combined = combined + weight * value_N
-        return {"reward": combined, **values}
+            if weight:
+                value_N = values[name].double()
+                if self.config.combine != "sum":
+                    reference = value_N if base is None else torch.tensor(base.per_sample[name], dtype=torch.float64)
+                    value_N = scoring.standardize(value_N, objectives.moments(reference))
+                weighted[name] = weight * value_N
+        scalarize = objectives.SCALARIZERS[self.config.combine]
+        z_NR = torch.stack(list(weighted.values()), dim=1).tolist()
+        combined_N = [math.nan if any(map(math.isnan, z_R)) else scalarize(z_R) for z_R in z_NR]
+        return {"reward": torch.tensor(combined_N, dtype=torch.float64), **values}
+
+    @property
+    def held_out(self) -> list[str]:
+        """The rewards that are not trained on."""
+        return [w.reward.name for w in self.run.watched]
 
     def verdict(self, reports: Sequence[RoundReport]) -> Verdict:
-        history = [report.evaluations[0] for report in _evaluated(reports)]
-        return verdict(
-            history,
-            trained="reward",
-            held_out=[w.reward.name for w in self.run.watched],
-            patience=self.config.evaluation.plateau_rounds or 3,
-        )
+        return run_verdict(self.config.evaluation, reports, self.held_out)
 
     def reason_to_stop(self, reports: Sequence[RoundReport]) -> str | None:
         """Why no round shall follow on these, or None."""
@@ -526,9 +550,11 @@ class _Stages:
             return f"{EMPTY_ROUNDS} rounds in a row selected nothing to train on"
         budget = self.config.budget
         if budget is not None and (spent := training_passes(reports)) >= budget:
-            return f"{spent} denoiser passes of a budget of {budget} are spent"
+            return f"{spent} passes of a budget of {budget} are spent"
         judged = self.verdict(reports)
         if self.config.evaluation.plateau_rounds is not None and judged.kind == "plateau":
+            return judged.message
+        if self.config.evaluation.sentinel in ("stop", "rollback") and judged.alarm:
             return judged.message
         return None
 
@@ -539,6 +565,7 @@ class _Stages:
         round: int,
         phase: Phase,
         groups: Sequence[Group],
+        moments: Mapping[str, Moments],
         examples: Sequence[Example],
         training: Mapping[str, float],
         evaluations: tuple[Evaluation, ...],
@@ -562,6 +589,7 @@ class _Stages:
             evaluations=evaluations,
             ledger=self._costs(),
             phase=phase,
+            moments=moments,
         )
         reports = [*earlier, report]
         if self.run.accelerator.is_main_process:
@@ -571,6 +599,9 @@ class _Stages:
             self.run.track(round, _curves(report))
         self.run.accelerator.wait_for_everyone()
         self.run.display.round_done(report)
+        judged = self.verdict(reports)
+        if evaluations and judged.alarm and self.config.evaluation.sentinel != "off":
+            self.run.display.say(f"round {round}: {judged.message}")
         return report
 
     def _costs(self) -> tuple[StageCost, ...]:
@@ -586,7 +617,10 @@ class _Stages:
     def report(self, reports: Sequence[RoundReport]) -> Path:
         """Write report.html."""
         before, after = self._pictures(reports)
-        scored = scoring.stored(self.store, reports[-1].phase.grown, self.weights, self.config.combine)
+        grown = reports[-1].phase.grown
+        how = scoring.combination(self.config, reports, grown=grown)
+        scored = scoring.stored(self.store, grown, how)
+        history = [report.evaluations[0] for report in _evaluated(reports)]
         ranked = sorted((s for s in scored if s.reward is not None), key=lambda s: -(s.reward or 0.0))
         return write_report(
             self.folder,
@@ -600,6 +634,12 @@ class _Stages:
             config_yaml=dump_config(self.config),
             load_line=self.run.load_line,
             trained=[name for name, weight in self.weights.items() if weight],
+            together=objectives.together(scoring.by_prompt(scored), list(how.floors)),
+            trends={
+                name: trend(history, name, weight=weight, patience=self.config.evaluation.plateau_rounds or 3)
+                for name, weight in self.weights.items()
+                if weight and len(history) > 1
+            },
         )
 
 

@@ -8,26 +8,24 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Literal
 
 import torch
 from accelerate import Accelerator
 
 from .batches import Batches
+from .config import Combine, RunConfig
 from .errors import ConfigError, ScoringError
 from .interrupts import StopRequest
+from .objectives import STD_FLOOR, below_floors, moments, scalarize
 from .prompts import sample_seed
 from .protocols import Policy, Reward
 from .store import SampleStore
-from .types import Draw, Group, Sample, Scored
+from .types import Draw, Group, Moments, RoundReport, Sample, Scored
 
 logger = logging.getLogger(__name__)
 
-STD_FLOOR = 1e-4  # a reward that hardly varies in a round is not blown up to count as much as the others
-
-Combine = Literal["sum", "standardized"]
 Progress = Callable[[str, int, int], None]
 """Called after each batch with the reward's name, the samples done and the samples in all."""
 
@@ -41,6 +39,39 @@ class WeightedReward:
 
     reward: Reward
     weight: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Combination:
+    """How the raw values of several rewards become the one that selection ranks by.
+
+    Combination(weights={"clip": 1.0, "aesthetic": 0.5}, how="worst-case", floors={"clip": 24.0})
+    """
+
+    weights: Mapping[str, float]
+    how: Combine = "standardized"
+    floors: Mapping[str, float] = field(default_factory=dict)
+    """Reward to the raw value below which a sample ranks below all that miss no floor; above which, where the weight
+    is negative."""
+    moments: Mapping[str, Moments] = field(default_factory=dict)
+    """What all but `sum` and `standardized` standardize by; the samples' own where there are none."""
+
+
+def combination(config: RunConfig, reports: Sequence[RoundReport], *, grown: int) -> Combination:
+    """How a run combines the rewards of the samples of the round `grown`, by what it has reported: the base's levels,
+    and the running statistics as they were then."""
+    base = reports[0].evaluations[0].metrics if reports and reports[0].evaluations else {}
+    levels = {reward.reported_name: reward.floor for reward in config.rewards if reward.floor is not None}
+    return Combination(
+        weights={reward.reported_name: reward.weight for reward in config.rewards},
+        how=config.combine,
+        floors={
+            name: base[name].mean if level == "base" else level
+            for name, level in levels.items()
+            if level != "base" or name in base
+        },
+        moments=next((report.moments for report in reports if report.phase.grown == grown), {}),
+    )
 
 
 def score(
@@ -65,7 +96,7 @@ def score(
         )
         for weighted in rewards
     }
-    return combined(samples, values, weights, combine)
+    return combined(samples, values, Combination(weights=weights, how=combine))
 
 
 def check_rewards(rewards: Sequence[WeightedReward]) -> dict[str, float]:
@@ -83,51 +114,56 @@ def check_rewards(rewards: Sequence[WeightedReward]) -> dict[str, float]:
     return {weighted.reward.name: weighted.weight for weighted in rewards}
 
 
-def combined(
-    samples: Sequence[Sample], values: Mapping[str, torch.Tensor], weights: Mapping[str, float], how: Combine
-) -> list[Scored]:
+def combined(samples: Sequence[Sample], values: Mapping[str, torch.Tensor], how: Combination) -> list[Scored]:
     """Samples with their raw values [N] by reward name, and the reward that selection ranks by.
 
     `sum` is the weighted sum of the raw values. `standardized` takes each reward's mean and deviation over the round
-    out of it first, so that one on a scale of 100 does not drown one on a scale of 1. A sample is without a combined
-    reward where it is flawed or where a reward with a weight failed on it.
+    out of it first, so that one on a scale of 100 does not drown one on a scale of 1; the others of `Combine` do so
+    with those of all rounds so far, then apply their formula. A sample is without a combined reward where it is flawed
+    or where a reward with a weight failed on it.
     """
-    ranked_by = {
-        name: standardize(values[name]) if how == "standardized" else values[name]
-        for name, weight in weights.items()
-        if weight
+    objectives = {
+        name: weight * _standardized(values[name], how, name) for name, weight in how.weights.items() if weight
     }
-    return [
+    scored = [
         Scored(
             sample=sample,
-            parts=_present({name: value_N[i].item() for name, value_N in values.items()}),
-            reward=weighted_sum(_present({name: value_N[i].item() for name, value_N in ranked_by.items()}), weights),
+            parts=(parts := _present({name: value_N[i].item() for name, value_N in values.items()})),
+            reward=scalarize(z := _present({n: z_N[i].item() for n, z_N in objectives.items()}), how.weights, how.how),
+            log_ratio=sample.completion.log_ratio if sample.completion else 0.0,
+            objectives=z,
+            missed=_missed(parts, how),
         )
         for i, sample in enumerate(samples)
     ]
+    reward_N = below_floors([s.reward for s in scored], [bool(s.missed) for s in scored])
+    return [replace(s, reward=reward) for s, reward in zip(scored, reward_N, strict=True)]
 
 
-def weighted_sum(parts: Mapping[str, float], weights: Mapping[str, float]) -> float | None:
-    """The sum of the parts by their weights; None where a part whose weight is not 0 is absent.
-
-    >>> weighted_sum({"clip": 20.0, "aesthetic": 5.0}, {"clip": 0.5, "aesthetic": -1.0})
-    5.0
-    """
-    needed = {name: weight for name, weight in weights.items() if weight}
-    if needed.keys() - parts.keys():
-        return None
-    return sum(weight * parts[name] for name, weight in needed.items())
+def _standardized(value_N: torch.Tensor, how: Combination, name: str) -> torch.Tensor:
+    if how.how == "sum":
+        return value_N.double()
+    if how.how == "standardized" or name not in how.moments:
+        return standardize(value_N)
+    return standardize(value_N, how.moments[name])
 
 
-def standardize(value_N: torch.Tensor, reference_M: torch.Tensor | None = None) -> torch.Tensor:
-    """The values less the mean, over the deviation (at least STD_FLOOR), of `reference_M` or else of themselves,
+def _missed(parts: Mapping[str, float], how: Combination) -> tuple[str, ...]:
+    """The rewards whose floor is missed; one that failed has shown no level."""
+
+    def reaches(name: str, floor: float) -> bool:
+        if name not in parts:
+            return False
+        return parts[name] <= floor if how.weights.get(name, 0.0) < 0 else parts[name] >= floor
+
+    return tuple(name for name, floor in how.floors.items() if not reaches(name, floor))
+
+
+def standardize(value_N: torch.Tensor, reference: Moments | None = None) -> torch.Tensor:
+    """The values less the mean, over the deviation (at least STD_FLOOR), of `reference` or else of themselves,
     float64 [N]; NaN is left out of both and stays NaN."""
-    value_N = value_N.double()
-    reference_M = value_N if reference_M is None else reference_M.double()
-    present = reference_M[~reference_M.isnan()]
-    if not len(present):
-        return value_N
-    return (value_N - present.mean()) / present.std(correction=0).clamp(min=STD_FLOOR)
+    of = reference or moments(value_N)
+    return (value_N.double() - of.mean) / max(of.deviation, STD_FLOOR)
 
 
 def score_stored(
@@ -171,17 +207,27 @@ def _count_failed(samples: Sequence[Sample], known: Mapping[str, float]) -> int:
 
 @torch.no_grad()
 def with_log_ratio(
-    scored: Sequence[Scored], policy: Policy, *, seed: int, round: int, batch_size: int, stop: StopRequest
+    scored: Sequence[Scored],
+    policy: Policy,
+    *,
+    seed: int,
+    round: int,
+    batch_size: int,
+    stop: StopRequest,
+    fixed: bool = False,
 ) -> list[Scored]:
     """The scored samples with an estimate of log p_current / p_reference: how much smaller the current policy's error
     is than the reference's, on the same noise and timesteps.
 
     For text the error is the negative log-likelihood and this is the log-ratio itself. For images it is a difference
     of surrogates of evidence lower bounds, on a scale of its own: choose `kl_beta` by what it changes.
+
+    Args:
+        fixed: whether batches must not shrink where memory runs out, as of `Batches`.
     """
     ratios: list[float] = []
     samples = [s.sample for s in scored]
-    batches = Batches(batch_size, "images at once (sampling.batch_size)", "set model.dtype: bf16")
+    batches = Batches(batch_size, "images at once (sampling.batch_size)", "set model.dtype: bf16", fixed=fixed)
     for start in range(0, len(samples), batch_size):
         stop.check()
         batch = samples[start : start + batch_size]
@@ -206,11 +252,11 @@ def by_prompt(scored: Sequence[Scored]) -> list[Group]:
     return [Group(prompt=members[0].sample.prompt, samples=tuple(members)) for members in groups.values()]
 
 
-def stored(store: SampleStore, round: int, weights: Mapping[str, float], combine: Combine) -> list[Scored]:
+def stored(store: SampleStore, round: int, how: Combination) -> list[Scored]:
     """A round's samples with their rewards as the store has them; none where they were not scored."""
     samples, scores = store.read_samples(round), store.read_scores(round)
     values = {name: torch.tensor([of.get(s.id, math.nan) for s in samples]) for name, of in scores.items()}
-    return combined(samples, values, weights, combine) if values else []
+    return combined(samples, values, how) if values else []
 
 
 def score_parts(
@@ -265,7 +311,7 @@ def _score_or_fail(samples: Sequence[Sample], reward: Reward, errors: list[Excep
     """The reward's values, NaN where it raised even for the sample alone; what it raised then goes to `errors`."""
     try:
         return _score_batch(samples, reward).tolist()
-    except (ConfigError, torch.OutOfMemoryError):
+    except (ConfigError, ScoringError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # a scorer is anyone's code
         if len(samples) == 1:
@@ -296,7 +342,7 @@ def _score_batch(samples: Sequence[Sample], reward: Reward) -> torch.Tensor:
 
 
 def _check_modality(samples: Sequence[Sample], reward: Reward) -> None:
-    for sample in samples:
+    for sample in samples if reward.modality else ():
         if (sample.image if reward.modality == "image" else sample.text) is None:
             raise ConfigError(
                 f"reward {reward.name!r} judges {reward.modality}, but sample {sample.id} has none; choose a reward"

@@ -33,30 +33,51 @@ def kl_regularized(beta: float) -> Key:
     return lambda scored: by_reward(scored) - beta * scored.log_ratio
 
 
+def ranking(group: Group, key: Key = by_reward) -> list[Scored]:
+    """The group's samples that have a finite key, the best first."""
+    return sorted((s for s in group.samples if _has_finite(s, key)), key=key, reverse=True)  # stable: ties stay by k
+
+
 def best_of_group(groups: Sequence[Group], keep: int = 1, *, key: Key = by_reward) -> list[Scored]:
     """RAFT's `local` selection: the best `keep` samples of each prompt."""
-    return [scored for group in groups for scored in _ranking(group, key)[:keep]]
+    return [scored for group in groups for scored in ranking(group, key)[:keep]]
 
 
 def best_overall(groups: Sequence[Group], keep: int, *, key: Key = by_reward) -> list[Scored]:
     """RAFT's `global` selection: the best `keep` samples of the whole round, whatever their prompts."""
-    return _best([_ranking(group, key) for group in groups], keep, key)
+    return _best([ranking(group, key) for group in groups], keep, key)
 
 
 def hybrid(groups: Sequence[Group], keep: int, *, key: Key = by_reward) -> list[Scored]:
     """The best sample of each prompt, then the best `keep` of those (the RAFT authors' diffusion notebook)."""
-    return _best([_ranking(group, key)[:1] for group in groups], keep, key)
+    return _best([ranking(group, key)[:1] for group in groups], keep, key)
+
+
+def pareto_front(groups: Sequence[Group]) -> list[Scored]:
+    """Of each prompt the samples that no other one dominates: is as good as in every objective, and better in one.
+    Samples that miss a floor count only where all of the prompt do."""
+    chosen = []
+    for group in groups:
+        ranked = ranking(group)
+        candidates = [scored for scored in ranked if not scored.missed] or ranked
+        chosen += [s for s in candidates if not any(_dominates(other, s) for other in candidates)]
+    return chosen
+
+
+def _dominates(a: Scored, b: Scored) -> bool:
+    pairs = [(a.objectives[name], b.objectives[name]) for name in b.objectives]
+    return all(x >= y for x, y in pairs) and any(x > y for x, y in pairs)
 
 
 def above_threshold(groups: Sequence[Group], threshold: float, *, key: Key = by_reward) -> list[Scored]:
     """Every sample whose key is greater than `threshold` (the filter of ReST, arXiv 2308.08998)."""
-    return [scored for group in groups for scored in _ranking(group, key) if key(scored) > threshold]
+    return [scored for group in groups for scored in ranking(group, key) if key(scored) > threshold]
 
 
 def above_global(groups: Sequence[Group], threshold: float) -> list[Scored]:
     """ReST's `global` rule: every sample whose reward is above `threshold`, 0 to below 1, where the rewards of all
     groups together are scaled to [0, 1]. 0 keeps all, the worst included; rewards that are all equal are 0."""
-    rewards = [by_reward(scored) for group in groups for scored in _ranking(group, by_reward)]
+    rewards = [by_reward(scored) for group in groups for scored in ranking(group)]
     low = min(rewards, default=0.0)
     spread = max(rewards, default=0.0) - low or 1.0
     return above_threshold(groups, threshold or -math.inf, key=lambda scored: (by_reward(scored) - low) / spread)
@@ -76,9 +97,9 @@ def _above_own(groups: Sequence[Group], threshold_of: Callable[[list[float]], fl
     """What is above the threshold that each prompt's rewards give; always the best, so that no prompt is lost."""
     chosen = []
     for group in groups:
-        if ranking := _ranking(group, by_reward):
-            threshold = threshold_of([by_reward(scored) for scored in ranking])
-            chosen += [scored for scored in ranking if by_reward(scored) > threshold] or ranking[:1]
+        if ranked := ranking(group):
+            threshold = threshold_of([by_reward(scored) for scored in ranked])
+            chosen += [scored for scored in ranked if by_reward(scored) > threshold] or ranked[:1]
     return chosen
 
 
@@ -99,9 +120,9 @@ def advantages(groups: Sequence[Group]) -> dict[str, float]:
     """Sample id to A = r - V(x), with the mean of the prompt's rewards for V(x): an image is a one-step bandit."""
     found: dict[str, float] = {}
     for group in groups:
-        ranking = _ranking(group, by_reward)
-        total = math.fsum(map(by_reward, ranking))
-        found |= {scored.sample.id: by_reward(scored) - total / len(ranking) for scored in ranking}
+        ranked = ranking(group)
+        total = math.fsum(map(by_reward, ranked))
+        found |= {scored.sample.id: by_reward(scored) - total / len(ranked) for scored in ranked}
     return found
 
 
@@ -113,16 +134,36 @@ def group_relative(groups: Sequence[Group], *, deviation: Deviation, floor: floa
     difference as of any other, but for the floor.
     """
     relative = advantages(groups)
-    everyone = [by_reward(scored) for group in groups for scored in _ranking(group, by_reward)]
+    everyone = [by_reward(scored) for group in groups for scored in ranking(group)]
     found: dict[str, float] = {}
     for group in groups:
-        rewards = {scored.sample.id: by_reward(scored) for scored in _ranking(group, by_reward)}
+        rewards = {scored.sample.id: by_reward(scored) for scored in ranking(group)}
         if len(set(rewards.values())) <= 1:
             found |= dict.fromkeys(rewards, 0.0)
             continue
         spread = float(np.std(everyone if deviation == "batch" else list(rewards.values())))
         found |= {sample_id: relative[sample_id] / (spread + floor) for sample_id in rewards}
     return found
+
+
+def gae(rewards: Sequence[float], values: Sequence[float], *, gamma: float, decay: float) -> list[float]:
+    """Generalised advantage estimation over the tokens of one completion (arXiv 1506.02438, eq. 16):
+
+    A_t = sum_k (gamma decay)^k delta_{t+k},   delta_t = r_t + gamma V_{t+1} - V_t,   V = 0 after the last token
+    """
+    advantage = value_after = 0.0
+    found = []
+    for reward, value in zip(reversed(rewards), reversed(values), strict=True):
+        advantage = reward + gamma * value_after - value + gamma * decay * advantage
+        value_after = value
+        found.append(advantage)
+    return found[::-1]
+
+
+def whitened(rows: Sequence[Sequence[float]]) -> list[np.ndarray]:
+    """The values of all rows less their mean, over their deviation; 0 where all are equal."""
+    together = np.concatenate(rows) if rows else np.zeros(0)
+    return [(np.array(row) - together.mean()) / (together.std() + 1e-8) for row in rows]
 
 
 def softmax_weights(values: Sequence[float], temperature: float) -> list[float]:
@@ -154,17 +195,12 @@ def vmpo_temperature(advantage_N: Sequence[float], epsilon: float) -> float:
     return spread * math.exp(minimize_scalar(dual, bounds=(-limit, limit), method="bounded").x) if spread else 1.0
 
 
-def _ranking(group: Group, key: Key) -> list[Scored]:
-    """The group's samples that have a finite key, the best first."""
-    return sorted((s for s in group.samples if _has_finite(s, key)), key=key, reverse=True)  # stable: ties stay by k
-
-
 def _has_finite(scored: Scored, key: Key) -> bool:
     return scored.reward is not None and math.isfinite(key(scored))
 
 
 def _best(rankings: Sequence[Sequence[Scored]], keep: int, key: Key) -> list[Scored]:
     """The best `keep` of all rankings together, in their order."""
-    places = [(g, rank) for g, ranking in enumerate(rankings) for rank in range(len(ranking))]
+    places = [(g, rank) for g, ranked in enumerate(rankings) for rank in range(len(ranked))]
     best = sorted(places, key=lambda place: key(rankings[place[0]][place[1]]), reverse=True)[:keep]
     return [rankings[g][rank] for g, rank in sorted(best)]

@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from accelerate.utils import parse_flag_from_env
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from .errors import ConfigError
 
@@ -24,6 +25,11 @@ def sharded(accelerator: Accelerator) -> bool:
     return accelerator.num_processes > 1 and parse_flag_from_env("ACCELERATE_USE_FSDP")
 
 
+def is_split(model: torch.nn.Module) -> bool:
+    """Whether `shard` has split the weights of this denoiser."""
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
 def shard(policy: Any, accelerator: Accelerator) -> None:
     """Split the frozen weights of a diffusion policy over the processes, in place and block by block, and bring the
     rest of its pipeline to the device. The weights may be on the CPU before.
@@ -31,6 +37,8 @@ def shard(policy: Any, accelerator: Accelerator) -> None:
     Raises:
         ConfigError: full fine-tuning, which leaves nothing frozen; a model that does not name its blocks.
     """
+    if policy.modality == "text":
+        raise ConfigError("--use_fsdp is for diffusion models: texts end at other places in each process; leave it out")
     denoiser, trained = policy.denoiser, set(policy.parameters())
     if policy.adapter.method == "full":
         raise ConfigError("adapter.method: full trains every weight, and only frozen ones can be split; set it to lora")

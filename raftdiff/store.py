@@ -28,7 +28,7 @@ import torch
 from PIL import Image
 
 from .checkpoint import remove, write_file
-from .types import Example, Prompt, Sample, Trajectory
+from .types import Completion, Example, Prompt, Sample, Trajectory
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +53,16 @@ SAMPLES = pa.schema(
                 "guidance_scale": pa.float64(),
             }
         ),
+        "completion": pa.struct(
+            {
+                "tokens": pa.list_(pa.int64()),
+                "log_prob": pa.list_(pa.float32()),
+                "temperature": pa.float64(),
+                "finished": pa.bool_(),
+                "value": pa.list_(pa.float32()),
+                "reference_log_prob": pa.list_(pa.float32()),
+            }
+        ),
         "flaw": pa.string(),
     },
     # By this `datasets` knows the column of images; it finds the types of the others by itself.
@@ -75,7 +85,7 @@ _PART = re.compile(r"(.+)-(\d{5,})\.parquet")
 
 class SampleStore:
     """The samples, scores and selections of one run. All writing is atomic, and raises StorageError on a full disk;
-    writing a part again replaces it. Images, latents and texts come back exactly as they were."""
+    writing a part again replaces it. Images, latents, texts and tokens come back exactly as they were."""
 
     def __init__(self, run_folder: Path) -> None:
         self.samples_folder = run_folder / "samples"
@@ -85,11 +95,11 @@ class SampleStore:
     def write_samples(self, round: int, part: int, samples: Sequence[Sample]) -> None:
         """Write one part of a round's samples; image uint8 [3, height, width], latents float32 of any shape."""
         rows = [_to_row(round, sample) for sample in samples]
-        _write_table(_of_round(self.samples_folder, round) / f"part-{part:05d}.parquet", rows, SAMPLES)
+        write_table(_of_round(self.samples_folder, round) / f"part-{part:05d}.parquet", rows, SAMPLES)
 
     def parts(self, round: int) -> dict[int, list[Sample]]:
         """Part number to samples, in the order of the numbers; a part that does not verify is absent."""
-        tables = _read_parts(_of_round(self.samples_folder, round), "part-*.parquet")
+        tables = read_parts(_of_round(self.samples_folder, round), "part-*.parquet")
         return {part: [_to_sample(row) for row in table.to_pylist()] for _, part, table in tables}
 
     def read_samples(self, round: int) -> list[Sample]:
@@ -110,12 +120,12 @@ class SampleStore:
             {"sample_id": sample_id, "value": None if math.isnan(value) else float(value)}
             for sample_id, value in zip(sample_ids, values, strict=True)
         ]
-        _write_table(path, rows, SCORES)
+        write_table(path, rows, SCORES)
 
     def read_scores(self, round: int) -> dict[str, dict[str, float]]:
         """Reward name to sample id to value; NaN where the reward failed each time, absent where it was not asked."""
         scores: dict[str, dict[str, float]] = {}
-        for name, _, table in _read_parts(_of_round(self.scores_folder, round), "*.parquet"):
+        for name, _, table in read_parts(_of_round(self.scores_folder, round), "*.parquet"):
             of_reward = scores.setdefault(unquote(name), {})
             for row in table.to_pylist():
                 if row["value"] is not None:
@@ -142,7 +152,7 @@ class SampleStore:
             }
             for example in examples
         ]
-        _write_table(self._selection(round), rows, SELECTION)
+        write_table(self._selection(round), rows, SELECTION)
 
     def read_selection(self, round: int) -> list[Example]:
         """What a round trained on as it was written, less what is not of the store's own samples; nothing where it
@@ -181,7 +191,8 @@ def _checksum(path: Path) -> Path:
     return path.with_name(path.name + ".sha256")
 
 
-def _write_table(path: Path, rows: list[dict[str, Any]], schema: pa.Schema) -> None:
+def write_table(path: Path, rows: list[dict[str, Any]], schema: pa.Schema) -> None:
+    """Publish rows as one parquet file, with its SHA-256 beside it."""
     sink = pa.BufferOutputStream()
     pq.write_table(pa.Table.from_pylist(rows, schema=schema), sink, compression="zstd")
     data = sink.getvalue().to_pybytes()
@@ -202,7 +213,7 @@ def _read_table(path: Path) -> pa.Table | None:
     return pq.read_table(pa.BufferReader(data))
 
 
-def _read_parts(folder: Path, pattern: str) -> list[tuple[str, int, pa.Table]]:
+def read_parts(folder: Path, pattern: str) -> list[tuple[str, int, pa.Table]]:
     """Name, part number and table of each part of a folder that verifies, in this order."""
     matches = [(_PART.fullmatch(path.name), path) for path in folder.glob(pattern)]
     parts = sorted((match[1], int(match[2]), path) for match, path in matches if match)
@@ -225,6 +236,7 @@ def _to_row(round: int, sample: Sample) -> dict[str, Any]:
         "latents_shape": None if latents is None else list(latents.shape),
         "text": sample.text,
         "trajectory": None if sample.trajectory is None else _to_struct(sample.trajectory),
+        "completion": None if sample.completion is None else _completion_to_struct(sample.completion),
         "flaw": sample.flaw,
     }
 
@@ -238,6 +250,36 @@ def _to_struct(trajectory: Trajectory) -> dict[str, Any]:
         "noise_level": trajectory.noise_level,
         "guidance_scale": trajectory.guidance_scale,
     }
+
+
+def _completion_to_struct(completion: Completion) -> dict[str, Any]:
+    return {
+        "tokens": completion.tokens_T.tolist(),
+        "log_prob": completion.log_prob_T.tolist(),
+        "temperature": completion.temperature,
+        "finished": completion.finished,
+        "value": _listed(completion.value_T),
+        "reference_log_prob": _listed(completion.reference_log_prob_T),
+    }
+
+
+def _to_completion(row: dict[str, Any]) -> Completion:
+    return Completion(
+        tokens_T=torch.tensor(row["tokens"], dtype=torch.int64),
+        log_prob_T=torch.tensor(row["log_prob"], dtype=torch.float32),
+        temperature=row["temperature"],
+        finished=row["finished"],
+        value_T=_floats(row["value"]),
+        reference_log_prob_T=_floats(row["reference_log_prob"]),
+    )
+
+
+def _listed(values: torch.Tensor | None) -> list[float] | None:
+    return None if values is None else values.tolist()
+
+
+def _floats(values: list[float] | None) -> torch.Tensor | None:
+    return None if values is None else torch.tensor(values, dtype=torch.float32)
 
 
 def _to_sample(row: dict[str, Any]) -> Sample:
@@ -259,6 +301,7 @@ def _to_sample(row: dict[str, Any]) -> Sample:
         image=None if row["image"] is None else _from_png(row["image"]["bytes"]),
         latents=latents,
         text=row["text"],
+        completion=_to_completion(row["completion"]) if row.get("completion") else None,  # older files have no column
         trajectory=trajectory,
         flaw=row["flaw"],
     )

@@ -17,6 +17,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
+from .batches import halved
 from .checkpoint import load_optimizer_tensors, optimizer_tensors
 from .config import TrainingConfig
 from .errors import MissingExtraError, TrainingError, WeightsError
@@ -57,9 +58,7 @@ class Trainer:
     # -- one round ------------------------------------------------------------------------------------------------
 
     def steps_in(self, examples: Sequence[Example]) -> int:
-        if not len(examples):
-            return 0
-        return self.config.steps or math.ceil(self.config.epochs * len(examples) / self.config.batch_size)
+        return steps_and_rows(self.config, len(examples))[0]
 
     def train(
         self,
@@ -77,6 +76,7 @@ class Trainer:
 
         Raises:
             TrainingError: several steps in a row gave values that are not finite.
+            ConfigError: the device ran out of memory with one sample.
         """
         steps = self.steps_in(examples)
         if first_step == 0:
@@ -120,9 +120,7 @@ class Trainer:
             if not self.total(float(sums is None)):  # all processes agree on the size
                 break
             self.optimizer.zero_grad(set_to_none=True)
-            if self.micro_batch_size == 1:
-                raise TrainingError("out of memory with one sample at a time; lower the image size or model.dtype")
-            self.micro_batch_size = max(1, self.micro_batch_size // 2)
+            self._shrink(len(rows))
         assert sums is not None
         metrics = {name: total / len(rows) for name, total in self._reduced(sums).items()}
         self._sum_gradients()
@@ -137,6 +135,15 @@ class Trainer:
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         return metrics
+
+    def _shrink(self, rows: int) -> None:
+        """Halve the micro-batch: of `rows` in all processes, one has at most its share at once."""
+        self.micro_batch_size = halved(
+            min(self.micro_batch_size, math.ceil(rows / self.accelerator.num_processes)),
+            "samples at once (training.micro_batch_size)",
+            "set model.dtype: bf16, model.gradient_checkpointing, or make smaller images or shorter texts",
+            fixed=sharded(self.accelerator),
+        )
 
     def _accumulate(
         self, rows: Sequence[Example], draw: Draw, mine: Sequence[int], idle: int, step: int
@@ -162,7 +169,7 @@ class Trainer:
                     sums[name] = sums.get(name, 0.0) + float(value_B.detach()[own].sum())
         except torch.OutOfMemoryError:
             if sharded(self.accelerator):  # the others wait for this process in the middle of their pass
-                raise
+                self._shrink(len(rows))  # which raises
             return None
         return sums
 
@@ -177,7 +184,7 @@ class Trainer:
     def _rows(self, examples: Sequence[Example], round: int, step: int) -> list[int]:
         """The rows of a step: epochs are shuffled one by one, and only the last batch of the round may be short."""
         count, size = len(examples), self.config.batch_size
-        total = self.steps_in(examples) * size if self.config.steps else self.config.epochs * count
+        total = steps_and_rows(self.config, count)[1]
         rows: list[int] = []
         for position in range(step * size, min((step + 1) * size, total)):
             epoch, place = divmod(position, count)
@@ -264,6 +271,15 @@ class Trainer:
         self._tally = {name: float(value) for name, value in tally.items()}
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(self.scaler.state_dict() | {"scale": float(counters["loss_scale"])})
+
+
+def steps_and_rows(config: TrainingConfig, examples: int) -> tuple[int, int]:
+    """Optimizer steps of a round that trains on so many examples, and the rows of their batches together."""
+    if not examples:
+        return 0, 0
+    if config.steps:
+        return config.steps, config.steps * config.batch_size
+    return math.ceil(config.epochs * examples / config.batch_size), config.epochs * examples
 
 
 def _optimizer(parameters: Sequence[torch.nn.Parameter], config: TrainingConfig) -> torch.optim.Optimizer:

@@ -6,12 +6,17 @@ Prompt -> Sample -> Scored, Group -> Example, Batch -> RoundReport
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
+
+from .errors import DataError
+
+Modality = Literal["image", "text"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,11 +56,40 @@ class Trajectory:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Completion:
+    """What a language model wrote, token by token. All tensors are on the CPU.
+
+    Completion(tokens_T=<int64 [12]>, log_prob_T=<float32 [12]>, temperature=0.7, finished=True)
+    """
+
+    tokens_T: torch.Tensor
+    """int64 [T], the end token among them where it ended by itself."""
+    log_prob_T: torch.Tensor
+    """Of each token under the model that sampled, at `temperature` over the whole vocabulary, float32 [T]."""
+    temperature: float = 1.0
+    finished: bool = True
+    """Whether it ended by itself; False where it was cut off."""
+    value_T: torch.Tensor | None = None
+    """What the value head expected of the rewards before each token, float32 [T], where there is one."""
+    reference_log_prob_T: torch.Tensor | None = None
+    """As `log_prob_T`, under the model that training began at, where the value head's algorithm needs it."""
+
+    @property
+    def log_ratio(self) -> float:
+        """log p(text) - log p_reference(text); 0 where the reference's is not kept."""
+        if self.reference_log_prob_T is None:
+            return 0.0
+        return float((self.log_prob_T - self.reference_log_prob_T).double().sum())
+
+
+@dataclass(frozen=True, kw_only=True)
 class Sample:
     """One output for a prompt.
 
     Sample(id="0003-1f00fe3b9a52-05", prompt=Prompt(text="a red circle"), seed=8243721, image=<uint8 [3, 32, 32]>,
            latents=<float32 [16, 8, 8]>)
+    Sample(id="0003-77ab09d1c2e4-01", prompt=Prompt(text="French: un rond. English:"), seed=8243722, text="a circle",
+           completion=<Completion>)
     """
 
     id: str
@@ -69,10 +103,32 @@ class Sample:
     """x_0 as the scheduler's last step left it, float32, in the layout the pipeline denoises in, on the CPU."""
     text: str | None = None
     """The completion, from a language model."""
+    completion: Completion | None = None
+    """The tokens of the text."""
     trajectory: Trajectory | None = None
     """The steps that led to it, where the algorithm needs them."""
     flaw: str | None = None
     """Why the sample must not be scored or trained on (a black image), or None."""
+
+    @property
+    def steps(self) -> list[int | None]:
+        """What of the sample is one row of policy-gradient training: each denoising step that has a density, or all
+        tokens of a completion at once."""
+        if self.trajectory is None:
+            return [None]
+        return self.trajectory.log_prob_T.isfinite().nonzero().flatten().tolist()
+
+    def log_prob_T(self, step: int | None) -> torch.Tensor:
+        """Log-probabilities under the model that sampled, float32 [T]: of one denoising step, T = 1, or of the tokens.
+
+        Raises:
+            DataError: it was sampled without.
+        """
+        if step is not None and self.trajectory is not None:
+            return self.trajectory.log_prob_T[step : step + 1]
+        if step is None and self.completion is not None:
+            return self.completion.log_prob_T
+        raise DataError(f"sample {self.id} has no log-probabilities; sample it anew")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +145,11 @@ class Scored:
     """The combined reward that selection ranks by; None where a part that it needs failed."""
     log_ratio: float = 0.0
     """An estimate of log p_current(sample) / p_reference(sample), where the algorithm asked for it."""
+    objectives: Mapping[str, float] = field(default_factory=dict)
+    """The rewards that have a weight as they enter the combination: standardized where it does that, times the
+    weight, so that higher is better."""
+    missed: tuple[str, ...] = ()
+    """The rewards whose floor it is below."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +172,7 @@ class Example:
     Example(sample=<Sample>)                             # trained on
     Example(sample=<Sample>, weight=-0.3, step=4)        # one denoising step of a rollout, with its advantage
     Example(sample=<Sample>, rejected=<Sample>)          # preferred to another one
+    Example(sample=<Sample>, advantage_T=<[12]>, return_T=<[12]>)   # a completion, for a model with a value head
     """
 
     sample: Sample
@@ -119,7 +181,11 @@ class Example:
     rejected: Sample | None = None
     """The sample that `sample` is preferred to."""
     step: int | None = None
-    """The step of the sample's trajectory."""
+    """The step of the sample's trajectory; a completion has none."""
+    advantage_T: torch.Tensor | None = None
+    """Of each token of a completion, float32 [T], where they differ."""
+    return_T: torch.Tensor | None = None
+    """What the value head should have expected before each token, float32 [T]."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,11 +229,21 @@ class Batch:
         return rejected
 
     @property
-    def steps(self) -> list[int]:
-        """The step of each rollout; only where every example has one."""
-        steps = [example.step for example in self.examples if example.step is not None]
-        assert len(steps) == len(self.examples)
-        return steps
+    def steps(self) -> list[int | None]:
+        """The step of each rollout, None for the whole of a completion."""
+        return [example.step for example in self.examples]
+
+    def sampled_log_prob(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """`Sample.log_prob_T` of each rollout, `padded`, on the device of the policy: what `log_prob` of the policy was
+        when it sampled."""
+        log_prob_BT, mask_BT = padded([s.log_prob_T(step) for s, step in zip(self.samples, self.steps, strict=True)])
+        return log_prob_BT.to(self.weight_B.device), mask_BT.to(self.weight_B.device)
+
+
+def padded(rows: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows [T] of several lengths as one tensor [B, T], 0 beyond their ends, and the mask of what is theirs, bool."""
+    mask_BT = torch.arange(max(map(len, rows))) < torch.tensor([[len(row)] for row in rows])
+    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True), mask_BT
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,6 +272,8 @@ class Phase:
     """How many earlier rounds selected from the same samples."""
     learning_rate: float = 1.0
     """Factor on the configured learning rate."""
+    kl_coefficient: float = 0.0
+    """Weight of the penalty for leaving the base model in the rewards of tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,6 +294,23 @@ class Interval:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Moments:
+    """What running standardization needs of the values that there were.
+
+    Moments(count=512, mean=27.4, variance=2.1)
+    """
+
+    count: int
+    mean: float
+    variance: float
+    """Of the population."""
+
+    @property
+    def deviation(self) -> float:
+        return math.sqrt(self.variance)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Evaluation:
     """One model on the held-out prompts and seeds, at one guidance scale.
 
@@ -230,6 +325,11 @@ class Evaluation:
     per_sample: Mapping[str, tuple[float, ...]]
     """The values behind `metrics`, in the order of prompt, then seed; NaN where a sample failed."""
     failed: int
+    modality: Modality = "image"
+    """Of the samples. Models of texts know no guidance: the scale is 1."""
+    statistics: Mapping[str, Moments] = field(default_factory=dict)
+    """Of the pictures, where a sentinel watches the run: plain statistics, how far apart they are from one another
+    (`spread`) and, of a trained model, from the base's of the same prompt and seed (`drift`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,3 +363,5 @@ class RoundReport:
     evaluations: tuple[Evaluation, ...] = ()
     ledger: tuple[StageCost, ...] = ()
     phase: Phase = Phase(grown=0)
+    moments: Mapping[str, Moments] = field(default_factory=dict)
+    """Of each reward over all samples that the run has scored so far."""

@@ -23,7 +23,7 @@ from raftdiff.shapes import WEIGHTS
 from raftdiff.types import Sample
 
 from . import images
-from .clip import clip_encoder, encoder_key
+from .encoders import clip_encoder
 
 _V1 = {"weight", "bias"}
 _V2_LAYERS = (0, 2, 4, 6, 7)  # between them the published module has only dropout
@@ -149,6 +149,7 @@ class AestheticReward:
         model: str | Path = "ViT-L-14-quickgelu",
         pretrained: str | Path | None = "openai",
         *,
+        revision: str | None = None,
         device: str = "cpu",
         dtype: Dtype = "fp32",
         batch_size: int = 32,
@@ -164,7 +165,8 @@ class AestheticReward:
         self.name = name
         path = WEIGHTS / "aesthetic" / "aesthetic.safetensors" if head == "shapes" else Path(head).expanduser()
         self._head = load_head(path)
-        self.encoder = clip_encoder(*encoder_key(model, pretrained), device=device, dtype=dtype)
+        self.encoder = clip_encoder(model, pretrained, revision=revision, device=device, dtype=dtype)
+        self.weights_from = f"{path} on {self.encoder.origin}"
         width = len(self._head.weight_D)
         if width != self.encoder.width:
             raise WeightsError(

@@ -1,4 +1,4 @@
-"""Any Python function as a reward."""
+"""Any Python function as a reward, of pictures or of texts."""
 
 from __future__ import annotations
 
@@ -16,20 +16,22 @@ from . import images
 
 
 class FunctionReward:
-    """Whatever a Python function `f(images, prompts)` returns, one number a sample.
+    """Whatever a Python function `f(outputs, prompts)` returns, one number a sample.
 
-    The function gets a list of PIL images in mode RGB (for text models, the list of completions) and the list of
-    their prompts, both of the same length, and returns as many numbers: a sequence, a NumPy array or a tensor of one
-    axis. None and NaN mean that a sample could not be judged.
+    The function gets what the model made, a list of PIL images in mode RGB or of completions, and the list of their
+    prompts, both of the same length, and returns as many numbers: a sequence, a NumPy array or a tensor of one axis.
+    None and NaN mean that a sample could not be judged.
 
     >>> red = FunctionReward(lambda images, prompts: [image.getpixel((0, 0))[0] for image in images], "redness")
+    >>> brief = FunctionReward(lambda texts, prompts: [-len(text) for text in texts], "brief")
     """
+
+    modality: Modality | None = None
 
     differentiable = False
 
-    def __init__(self, function: Callable[[list[Any], list[str]], Any], name: str, *, modality: Modality = "image"):
+    def __init__(self, function: Callable[[list[Any], list[str]], Any], name: str):
         self.name = name
-        self.modality: Modality = modality
         self._function = function
 
     def score(self, samples: Sequence[Sample]) -> torch.Tensor:
@@ -38,7 +40,7 @@ class FunctionReward:
         Raises:
             ConfigError: the function returned something else than one number a sample.
         """
-        outputs = [images.pil(s) if self.modality == "image" else s.text for s in samples]
+        outputs = [images.pil(s) if s.text is None else s.text for s in samples]
         returned = self._function(outputs, [s.prompt.text for s in samples])
         values = self._numbers(returned)
         if values.shape != (len(samples),):

@@ -56,6 +56,13 @@ def test_one_row_that_does_not_fit_is_one_clear_line():
         batches(2).run(2, limited(0, []))
 
 
+def test_a_size_that_must_stay_is_not_lowered_but_refused():
+    calls: list[int] = []
+    with pytest.raises(ConfigError, match=r"^out of memory with 4 of the rows .*; set fewer, or lower the setting$"):
+        Batches(4, "rows at once (setting)", "lower the setting", fixed=True).run(8, limited(3, calls))
+    assert calls == [4]
+
+
 def test_the_tensors_of_a_failed_attempt_are_gone_before_the_next():
     kept: list[weakref.ref] = []
 

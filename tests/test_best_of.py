@@ -112,7 +112,7 @@ def test_a_flawed_picture_is_never_the_best():
     policy = ThreeWeights(flawed=["a red circle"])
     groups = draw(policy, PROMPTS, [in_order(1, 2)], n=2, seeds=1)  # which sees those of the other prompt alone
     assert [one.scored.sample.prompt.text for one in best(groups)] == ["a blue square"]
-    with pytest.raises(ScoringError, match="the first is a black image"):
+    with pytest.raises(ScoringError, match="the first is flawed: black image"):
         draw(policy, PROMPTS[:1], [in_order()], n=2, seeds=1)
 
 
@@ -293,7 +293,7 @@ def test_the_command_keeps_the_best_of_what_it_would_draw_anyway(tmp_path):
         (same,) = [other for other in all_rows if (other["text"], other["seed"]) == (row["text"], row["seed"])]
         picture = (tmp_path / "best" / row["file_name"]).read_bytes()
         assert picture == (tmp_path / "all" / same["file_name"]).read_bytes()
-        assert row["scores"] == {"jpeg-compressibility": row["reward"]}
+        assert row["scores"] == {"jpeg": row["reward"]}
         assert row["worst_reward"] <= row["mean_reward"] <= row["reward"] and row["scored"] == 3
     assert call("score", tmp_path / "best", "--reward", "jpeg").code == 0
     lines = (tmp_path / "best" / "scores.csv").read_text(encoding="utf-8").splitlines()[1:]

@@ -223,7 +223,7 @@ def test_strangers_and_staging_are_not_checkpoints(tmp_path):
     (tmp_path / "notes.txt").write_bytes(b"mine")
     (tmp_path / ".round-0002-step-00000.0123456789ab.tmp").mkdir()
     assert checkpoints.newest() == (saved, [])
-    checkpoints.clean_staging()
+    clean_staging(checkpoints.folder)
     save(checkpoints, 2)
     assert "notes.txt" in names(tmp_path)
     assert "round-0009-step-00000-backup" in names(tmp_path)
@@ -400,7 +400,7 @@ def test_sigkill_at_any_instant_of_a_save_leaves_a_verified_checkpoint(deaths):
         assert skipped == [], n
         assert torch.equal(newest.tensors("adapter")["a"], torch.full((5000,), float(newest.round)))
         rounds.append(newest.round)
-        checkpoints.clean_staging()
+        clean_staging(checkpoints.folder)
         save(checkpoints, 2)  # and the run goes on
         assert names(checkpoints.folder) == ["round-0002-step-00000"]
     assert rounds == sorted(rounds)

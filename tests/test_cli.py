@@ -129,6 +129,19 @@ def test_resume_goes_on_with_more_rounds(write):
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == 3
 
 
+def test_of_several_processes_the_main_one_alone_speaks_but_no_error_is_lost(write, monkeypatch):
+    path = write()
+    monkeypatch.setattr(cli, "LAUNCHER_S", 0)
+    monkeypatch.setenv("RANK", "1")
+    result = call("train", path)
+    assert (result.code, result.out, result.err) == (0, "", "")
+    result = call("train", path)
+    assert result.code == 1 and result.out == ""
+    assert result.err.startswith("raftdiff, process 1: ") and "holds a run already" in result.err
+    monkeypatch.setenv("RANK", "0")
+    assert refused("train", path, code=1) == result.err.replace(", process 1", "").strip()
+
+
 def test_a_run_folder_that_was_moved_still_resumes(write, tmp_path):
     path = write()
     assert call("train", path).code == 0
@@ -176,7 +189,7 @@ def test_evaluate_compares_the_lora_with_its_base_on_other_prompts(finished):
     before = (finished / "metrics.jsonl").read_bytes()
     result = call("evaluate", finished, "--prompts", "shapes:bare/3", "--seeds", 2, "--guidance", 1, 2)
     assert result.code == 0, result.err
-    assert "jpeg-compressibility" in result.out and "guidance scale 2" in result.out
+    assert "jpeg" in result.out and "not trained on" not in result.out and "guidance scale 2" in result.out
     assert (finished / "metrics.jsonl").read_bytes() == before
 
 
@@ -191,7 +204,7 @@ def test_report_makes_the_page_again(finished):
 def test_list_names_every_unit_and_preset():
     result = call("list")
     assert result.code == 0
-    for name in ("clip", "aesthetic", "jpeg", "shapes-oracle", "raft", "diffusion", *presets()):
+    for name in ("clip", "aesthetic", "jpeg", "shapes-oracle", "raft", "image", "text", *presets()):
         assert name in result.out
 
 
@@ -212,7 +225,7 @@ def test_settings_on_the_command_line_replace_those_of_the_file(write):
 
 
 OPTIONS = {
-    "demo": ["--output", "--seed"],
+    "demo": ["{image,text}", "--output", "--seed"],
     "train": ["run.yaml", "--preset", "--allow-code", "--rounds", "--training.learning-rate", "--adapter.rank"],
     "resume": ["folder", "--rounds", "--allow-code"],
     "show-config": ["run.yaml", "--preset", "--allow-code", "--sampling.samples-per-prompt", "--tracker"],
@@ -225,17 +238,25 @@ OPTIONS = {
         "--steps",
         "--guidance",
         "--batch-size",
+        "--modality",
+        "--temperature",
+        "--top-p",
+        "--max-new-tokens",
+        "--stop",
         "--best-of",
         "--reward",
         "--option",
         "--out",
     ],
-    "score": ["folder", "--reward", "--option"],
+    "score": ["path", "--reward", "--option"],
+    "export": ["folder", "--format", "--dtype", "--merged", "--output", "--push-to-hub"],
     "evaluate": ["folder", "--prompts", "--seeds", "--guidance", "--allow-code"],
     "report": ["folder", "--allow-code"],
-    "list": ["rewards, algorithms, policies and presets"],
+    "app": ["--runs", "--base", "--lora", "--reward", "--option", "--prompts", "--host", "--port", "--allow-host"],
+    "list": ["rewards, judges, algorithms, policies and presets"],
     "shapes train": ["--work", "--out", "--stage", "--compile"],
-    "shapes check": ["--count"],
+    "shapes check": ["--stage", "--count"],
+    "shapes texts": ["task", "--count", "--seed", "--clean", "--out"],
 }
 
 
@@ -270,6 +291,8 @@ def test_help_explains_settings_in_the_words_of_the_configuration():
         ({"algorithm": {"options": {"selection": "locl"}}}, "selection is 'locl'; did you mean 'local'?"),
         ({"sampling": {"samples_per_prompt": 1}}, "samples_per_prompt"),
         ({"model": {"dtype": "fp16"}}, "fp16 needs a GPU"),
+        ({"model": {"device": "gpu"}}, "model.device: 'gpu' cannot be used here ("),
+        ({"model": {"device": "cuda:99"}}, "model.device: 'cuda:99' cannot be used here ("),
         ({"model": {"scheduler": "DDIMSchedulr"}}, "diffusers has no 'DDIMSchedulr'; did you mean 'DDIMScheduler'?"),
         ({"adapter": {"targets": ["to_x"]}}, "adapter.targets: no layer is called ['to_x']"),
         ({"prompts": {"source": "none.txt"}}, "there is no prompt file none.txt"),
@@ -340,7 +363,7 @@ def test_other_calls_that_cannot_be_done(tmp_path, write):
     assert "metadata.jsonl: no such file" in refused("score", tmp_path, "--reward", "jpeg")
     assert "write REWARD.NAME=VALUE" in refused("score", tmp_path, "--reward", "jpeg", "--option", "quality=3")
     (tmp_path / "metadata.jsonl").write_text("", encoding="utf-8")
-    assert "names no picture" in refused("score", tmp_path, "--reward", "jpeg")
+    assert "holds no example" in refused("score", tmp_path, "--reward", "jpeg")
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from raftdiff import data
-from raftdiff.data import load_pictures, load_preferences, read_folder
+from raftdiff.data import count_rows, load_pictures, load_preferences, read_folder
 from raftdiff.errors import DataError
 
 
@@ -149,7 +149,7 @@ def test_a_picture_that_would_fill_the_memory_is_refused(tmp_path):
 
 def test_other_things_are_refused_by_name(tmp_path):
     assert "metadata.jsonl: no such file; it has a line" in refusal(tmp_path)
-    assert "give a folder with metadata.jsonl, or a .parquet file" in refusal(tmp_path / "nothing")
+    assert "give a folder with metadata.jsonl, a .jsonl file, or a .parquet file" in refusal(tmp_path / "nothing")
     (tmp_path / "metadata.jsonl").write_bytes(b'{"text": "\xff"}')
     assert "metadata.jsonl: cannot be read" in refusal(tmp_path)
     (tmp_path / "x.parquet").write_bytes(b"no parquet")
@@ -201,6 +201,14 @@ def preferred(path: Path) -> list[tuple[str, str, str]]:
 def test_pick_a_pic_gives_the_winner_first_and_no_ties(tmp_path):
     pairs = preferred(pick_a_pic(tmp_path / "p.parquet", [1.0, 0.5, 0.0]))
     assert pairs == [("caption 0", "red", "blue"), ("caption 2", "blue", "red")]
+
+
+def test_pictures_and_pairs_are_counted_without_being_decoded(tmp_path):
+    damaged = [b"no picture"] * 3
+    pairs = pick_a_pic(tmp_path / "pairs.parquet", [1.0, 0.5, 0.0], jpg_0=damaged, jpg_1=damaged)
+    assert count_rows(pairs, pairs=True) == 2  # no tie
+    lines = [{"file_name": "a.png", "text": "x"}, "", {"file_name": "b.png", "text": "y"}]
+    assert count_rows(folder(tmp_path, *lines, a=damaged[0])) == 2
 
 
 def test_a_folder_of_parquet_files_is_read_in_the_order_of_their_names(tmp_path):

@@ -332,7 +332,7 @@ def test_rows_of_each_length_come_back_in_their_order():
         runs.append(rows)
         return [f"row {row}" for row in rows]
 
-    assert by_length(run, [3, 0, 1]) == ["row 3", "row 0", "row 1"]
+    assert by_length(torch.nn.Identity(), run, [3, 0, 1]) == ["row 3", "row 0", "row 1"]
     assert runs == [[0], [3, 1]]
 
 
@@ -548,7 +548,7 @@ def test_a_sample_without_latents_is_refused():
 
 def test_a_users_picture_of_another_size_is_refused():
     with pytest.raises(ConfigError, match="32x16 pixels is not of the size"):
-        policy_of("sd-eps").encode_image(PROMPTS[0], torch.zeros(3, 16, 32, dtype=torch.uint8))
+        policy_of("sd-eps").encode_outputs(PROMPTS[:1], [torch.zeros(3, 16, 32, dtype=torch.uint8)])
 
 
 def test_a_users_picture_is_encoded_in_the_precision_that_the_pipeline_decodes_in():
@@ -556,9 +556,22 @@ def test_a_users_picture_is_encoded_in_the_precision_that_the_pipeline_decodes_i
     policy = DiffusionPolicy(build("sdxl").to(torch.float16), call=SIZE)  # whose VAE overflows in fp16
     given = []
     policy.pipeline.vae.encoder.register_forward_pre_hook(lambda _, args: given.append(args[0].dtype))
-    latents = policy.encode_image(PROMPTS[0], image).latents
+    [sample] = policy.encode_outputs(PROMPTS[:1], [image])
     assert given == [torch.float32] and policy.pipeline.vae.dtype == torch.float16
-    torch.testing.assert_close(latents, policy_of("sdxl").encode_image(PROMPTS[0], image).latents, atol=1e-2, rtol=0)
+    [expected] = policy_of("sdxl").encode_outputs(PROMPTS[:1], [image])
+    torch.testing.assert_close(sample.latents, expected.latents, atol=1e-2, rtol=0)
+
+
+def test_pictures_encoded_at_once_are_as_those_encoded_alone_and_go_by_the_batch():
+    policy, sizes = policy_of("sd-eps", batch_size=2), []
+    policy.pipeline.vae.encoder.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+    images = [torch.full((3, 16, 16), shade, dtype=torch.uint8) for shade in (0, 90, 255)]
+    together = policy.encode_outputs(PROMPTS[:3], images)
+    assert sizes == [2, 1]
+    for prompt, image, sample in zip(PROMPTS, images, together, strict=False):
+        [alone] = policy.encode_outputs([prompt], [image])
+        assert sample.id == alone.id and sample.prompt == prompt and torch.equal(sample.image, image)
+        torch.testing.assert_close(sample.latents, alone.latents, atol=1e-5, rtol=0)
 
 
 def test_numbered_latents_show_how_they_are_laid_out():

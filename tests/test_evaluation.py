@@ -4,14 +4,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
+from raftdiff.config import EvaluationConfig
 from raftdiff.errors import DataError
-from raftdiff.evaluation import diversity, measure, paired_interval, pairwise_distance, verdict
-from raftdiff.types import Evaluation, Interval, Prompt, Sample
+from raftdiff.evaluation import (
+    best_held_out,
+    diversity,
+    measure,
+    paired_interval,
+    pairwise_distance,
+    picture_moments,
+    run_verdict,
+    shifts,
+    trend,
+    verdict,
+)
+from raftdiff.types import Evaluation, Interval, Moments, Prompt, RoundReport, Sample
 
 # ------------------------------------------------------------------------------------------------ intervals
 
@@ -321,3 +334,129 @@ def test_metrics_that_are_missing_or_not_numbers_are_not_judged():
     assert judged(bare, bare).kind == "healthy"
     found = judged(at(0.0, oracle=math.nan), at(math.nan, oracle=math.nan), at(0.2, oracle=0.1))
     assert (found.kind, found.best) == ("healthy", 2)
+
+
+# ------------------------------------------------------------------------------------------------ sentinel
+
+
+def watched(evaluation: Evaluation, drift: float | None = None, **statistics: float) -> Evaluation:
+    """With pictures whose statistics have these means and the deviation 2, half a unit apart from one another."""
+    found = {name.replace("_", "-"): Moments(count=9, mean=mean, variance=4.0) for name, mean in statistics.items()}
+    found["spread"] = Moments(count=9, mean=0.5, variance=0.0)
+    if drift is not None:
+        found["drift"] = Moments(count=9, mean=drift, variance=0.0)
+    return replace(evaluation, statistics=found)
+
+
+BASE = watched(at(0.0, oracle=0.0), saturation=3.0, edge_density=5.0)
+
+
+def test_the_statistics_of_pictures_are_summed_up_with_their_spread_and_their_drift():
+    black, white, gray = picture(0), picture(255), picture(51)
+    found = picture_moments([black, white, gray])
+    assert set(found) == {"sharpness", "saturation", "color-entropy", "edge-density", "grid-energy", "spread"}
+    assert found["color-entropy"] == Moments(count=3, mean=0.0, variance=0.0)
+    # each from the one before it, the first from the last: .2, 1, .8
+    assert found["spread"].mean == pytest.approx(2 / 3)
+    moved = picture_moments([black, white, gray], base=[black, gray, gray])
+    assert moved["drift"].mean == pytest.approx(0.8 / 3)
+    assert moved["saturation"].count == 3
+
+
+def test_flawed_pictures_are_not_watched_and_texts_never():
+    found = picture_moments([picture(0), picture(255), picture(7, flaw="a black image")])
+    assert found["saturation"].count == 2 and found["spread"].mean == 1.0
+    assert picture_moments([Sample(id="0", prompt=Prompt(text="a"), seed=0, text="b")]) == {}
+
+
+def test_shifts_are_in_deviations_of_the_base_and_drift_in_units_of_its_spread():
+    last = watched(at(1.0), drift=0.3, saturation=4.0, edge_density=2.0)
+    assert shifts(BASE, last) == {"saturation": 0.5, "edge-density": -1.5, "drift": 0.6}
+    assert shifts(at(0.0), last) == {}
+
+
+def test_pictures_that_move_without_a_held_out_rise_are_suspect():
+    last = watched(at(1.0, oracle=0.05), drift=0.1, saturation=3.0, edge_density=3.0)
+    found = judged(BASE, last)
+    assert (found.kind, found.alarm, found.best) == ("suspect", True, 1)
+    assert found.message == (
+        "Suspect: the pictures' edge-density is below the base's by 1 of its deviations, and no reward that is not "
+        "trained on has risen."
+    )
+    assert judged(BASE, watched(at(1.0, oracle=0.05), drift=0.3)).message.startswith(
+        "Suspect: the pictures are 0.6 times as far from the base's as these are from one another"
+    )
+
+
+def test_a_held_out_rise_excuses_pictures_that_move():
+    last = watched(at(1.0, oracle=0.2), drift=0.4, edge_density=1.0)
+    assert judged(BASE, last).kind == "healthy"
+
+
+def test_without_held_out_rewards_pictures_must_move_twice_as_far():
+    near, far = (watched(at(1.0), edge_density=5.0 - 2 * shift) for shift in (0.9, 1.1))
+    assert judged(BASE, near, held_out=()).kind == "healthy"
+    assert judged(BASE, far, held_out=()).kind == "suspect"
+
+
+def test_over_optimization_and_collapse_are_said_before_suspicion():
+    history = [BASE, watched(at(1.0, oracle=-0.5), edge_density=0.0)]
+    assert judged(*history).kind == "over-optimized"
+    assert judged(BASE, watched(at(1.0, oracle=0.0, diversity=0.1), edge_density=0.0)).kind == "collapsed"
+
+
+def reports_of(*history: Evaluation) -> list[RoundReport]:
+    empty = {"requested": 0, "scored": 0, "failed": 0, "skipped": 0, "selected": 0, "rewards": {}, "training": {}}
+    return [RoundReport(round=i, evaluations=(e,), **empty) for i, e in enumerate(history)]
+
+
+def test_after_an_alarm_a_rollback_keeps_the_best_by_what_is_held_out_in_units_of_the_base():
+    base = replace(at(0.0, oracle=0.0, clip=0.0), per_sample={"oracle": (-1.0, 1.0), "clip": (-10.0, 10.0)})
+    history = [
+        base,
+        at(0.5, oracle=0.3, clip=1.0),  # .3 + .1
+        at(1.0, oracle=0.2, clip=3.0),  # .2 + .3
+        at(1.5, oracle=0.0, clip=1.0),
+        at(2.0, oracle=-0.5, clip=-1.0),
+    ]
+    assert best_held_out(history, ["oracle", "clip"]) == 2
+
+
+def test_a_rollback_is_to_the_best_held_out_round_and_a_warning_keeps_the_best_trained_one():
+    base = replace(at(0.0, oracle=0.0), per_sample={"oracle": (-1.0, 1.0)})
+    history = [base, at(0.5, oracle=0.5), at(1.0, oracle=0.45), at(1.5, oracle=0.0)]
+
+    def kept(sentinel: str, upto: int) -> tuple[str, int]:
+        found = run_verdict(EvaluationConfig(sentinel=sentinel), reports_of(*history[:upto]), ["oracle"])
+        return found.kind, found.best
+
+    assert kept("warn", 4) == ("over-optimized", 2)
+    assert kept("rollback", 4) == ("over-optimized", 1)
+    assert kept("rollback", 3) == ("healthy", 2)
+
+
+def test_a_rollback_goes_to_a_trained_model_even_where_none_is_as_good_as_the_base():
+    base = replace(at(0.0, oracle=0.0), per_sample={"oracle": (-1.0, 1.0)})
+    assert best_held_out([base, at(1.0, oracle=-0.3), at(2.0, oracle=-0.6)], ["oracle"]) == 1
+    assert best_held_out([base], ["oracle"]) == 0
+
+
+def test_a_reward_rises_stalls_or_falls_beyond_its_uncertainty():
+    def of(*levels: float, **settings) -> str:
+        return trend([at(0.0, clip=level) for level in levels], "clip", **settings)
+
+    assert [of(0.0, 0.5), of(0.0, 0.05), of(0.0, 0.5, 0.3)] == ["rises", "stalls", "falls"]
+    assert of(0.0, 0.5, 0.5, 0.45, 0.5) == "stalls"  # not above .5 + .1 in the last three
+    assert of(0.0, 0.5, 0.5, 0.45, 0.5, patience=4) == "rises"
+    assert of(0.0, -0.5, weight=-2.0) == "rises"
+
+
+def test_a_held_out_reward_below_the_base_is_suspect_where_none_has_risen():
+    fallen = at(1.0, oracle=-0.2, clip=0.05)
+    found = judged(at(0.0, oracle=0.0, clip=0.0), fallen, held_out=("oracle", "clip"))
+    assert (found.kind, found.best) == ("suspect", 1)
+    assert found.message == "Suspect: reward rises, oracle, not trained on, fell below the base's; none rose."
+    rose = at(1.0, oracle=-0.2, clip=0.2)
+    assert judged(at(0.0, oracle=0.0, clip=0.0), rose, held_out=("oracle", "clip")).kind == "healthy"
+    not_risen = at(0.05, oracle=-0.2, clip=0.05)
+    assert judged(at(0.0, oracle=0.0, clip=0.0), not_risen, held_out=("oracle", "clip")).kind == "healthy"

@@ -26,6 +26,7 @@ from raftdiff.pipelines.diffusion import DiffusionPolicy
 from raftdiff.pipelines.kohya import kohya_state
 from raftdiff.pipelines.loading import load_lora
 from raftdiff.pipelines.lora import load_line, read_header
+from raftdiff.pipelines.shapes import build_pipeline
 from raftdiff.rounds import run_rounds
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers' schedulers
@@ -89,6 +90,14 @@ def test_a_family_without_kohya_names_is_told_so_in_one_line(tmp_path: Path):
     policy = trained("kolors")
     with pytest.raises(ConfigError, match=r"\Athere is no kohya format for KolorsPipeline, only for .*\Z"):
         policy.export(tmp_path / "kohya.safetensors", format="kohya")
+
+
+def test_layers_without_a_kohya_name_are_named_before_anything_is_written(tmp_path: Path):
+    policy = DiffusionPolicy(build_pipeline(), AdapterConfig(rank=2, targets="all"), num_inference_steps=2)
+    names = "add_embedding.pool.k_proj, add_embedding.pool.q_proj, add_embedding.pool.v_proj, add_embedding.proj"
+    with pytest.raises(ConfigError, match=rf"\Athese layers have no kohya name: {names}; train with adapter.targets"):
+        policy.export(tmp_path / "kohya.safetensors", format="kohya")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("family", WITHOUT_LORA_METHODS)
@@ -285,6 +294,16 @@ def test_the_command_writes_the_folder_anew_in_half_precision_with_its_card(run_
     assert {t.dtype for t in load_file(tmp_path / "half" / ADAPTER_FILE).values()} == {torch.bfloat16}
     for name in ("README.md", "before-after.webp"):
         assert (tmp_path / "half" / name).read_bytes() == (run_folder / "lora" / name).read_bytes()
+
+
+def test_the_whole_pipeline_is_written_with_the_lora_folded_in(run_folder, tmp_path: Path):
+    assert main(["export", str(run_folder), "--merged", "--output", str(tmp_path / "whole")]) == 0
+    assert verify(tmp_path / "whole") is None
+    one, merged = tiny_pipeline(), StableDiffusionPipeline.from_pretrained(tmp_path / "whole")
+    one.load_lora_weights(run_folder / "lora")
+    torch.testing.assert_close(drawn(merged, "sd-eps"), drawn(one, "sd-eps"), atol=1e-4, rtol=0)
+    assert not torch.allclose(drawn(tiny_pipeline(), "sd-eps"), drawn(one, "sd-eps"), atol=1e-3)
+    assert main(["export", str(run_folder), "--merged", "--output", str(run_folder / "samples")]) == 2
 
 
 def test_a_place_that_is_taken_or_named_otherwise_is_refused(run_folder, tmp_path: Path, capsys):

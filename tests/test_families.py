@@ -281,7 +281,7 @@ def test_a_users_picture_becomes_latents_that_decode_to_its_reconstruction(famil
     assert policy.picture_size == (size, size)
     image = (torch.rand(3, size, size, generator=torch.Generator().manual_seed(0)) * 255).to(torch.uint8)
     passes = policy.passes
-    sample = policy.encode_image(PROMPTS[0], image)
+    [sample] = policy.encode_outputs(PROMPTS[:1], [image])
     pixels = image[None] / 127.5 - 1
     with torch.no_grad():
         encoded = stock.vae.encode(pixels[:, :, None] if family == "qwen-image" else pixels)
@@ -291,7 +291,7 @@ def test_a_users_picture_becomes_latents_that_decode_to_its_reconstruction(famil
     torch.testing.assert_close(picture, reconstructed, atol=1e-4, rtol=0)
     assert torch.equal(sample.image, image) and sample.prompt == PROMPTS[0] and policy.passes == passes
     assert sample.latents.shape == policy.sample(PROMPTS[:1], SEEDS[:1])[0].latents.shape
-    assert policy.encode_image(PROMPTS[1], image).id != sample.id
+    assert policy.encode_outputs(PROMPTS[1:2], [image])[0].id != sample.id
 
 
 def test_a_trajectory_is_retraced_with_the_densities_that_it_was_drawn_with(family, policy):
@@ -304,7 +304,7 @@ def test_a_trajectory_is_retraced_with_the_densities_that_it_was_drawn_with(fami
     samples = policy.sample([*PROMPTS[:2], LONG], SEEDS, noise_level=0.7)
     for step in range(2):
         with torch.no_grad():
-            log_prob_B = policy.log_prob(samples, [step] * 3)
+            log_prob_B = policy.log_prob(samples, [step] * 3).squeeze(1)
         recorded_B = torch.stack([sample.trajectory.log_prob_T[step] for sample in samples])
         # A last step with no noise left has no density.
         torch.testing.assert_close(log_prob_B, recorded_B, atol=1e-4, rtol=0, equal_nan=step == 1)

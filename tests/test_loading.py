@@ -22,6 +22,7 @@ from diffusers import (
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from safetensors import safe_open
 from test_diffusion import PROMPTS, SEEDS, batch_of, build, move, policy_of
+from test_families import FAMILIES
 from tiny_runs import ADAPTER_FILE, pipeline_run, tiny_config, tiny_pipeline
 
 from raftdiff.algorithms.raft import Raft
@@ -144,7 +145,8 @@ def test_a_users_picture_is_encoded_by_an_offloaded_vae():
     plain, policy = policy_of("sd-eps"), policy_of("sd-eps")
     offload_components(policy.pipeline)
     image = (torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(0)) * 255).to(torch.uint8)
-    assert torch.equal(policy.encode_image(PROMPTS[0], image).latents, plain.encode_image(PROMPTS[0], image).latents)
+    [sample], [expected] = (p.encode_outputs(PROMPTS[:1], [image]) for p in (policy, plain))
+    assert torch.equal(sample.latents, expected.latents)
 
 
 def test_offloading_on_the_cpu_is_refused():
@@ -223,7 +225,7 @@ def exported_names(policy: Any, folder: Path) -> set[str]:
 
 def test_the_denoiser_is_compiled_with_its_lora(monkeypatch):
     seen: list[int] = []
-    compiled = "raftdiff.pipelines.loading.compile_denoiser"
+    compiled = "raftdiff.pipelines.diffusion.compile_denoiser"
     monkeypatch.setattr(
         compiled, lambda denoiser: seen.append(sum("lora_" in n for n, _ in denoiser.named_parameters()))
     )
@@ -439,6 +441,21 @@ def test_the_scheduler_of_a_given_pipeline_is_replaced():
     assert type(policy.pipeline.scheduler) is DDPMScheduler
     with refused(r"model\.scheduler: diffusers has no 'DDPMSchedular'.*DDPMScheduler.*"):
         configure(build("sd-eps"), ModelConfig(scheduler="DDPMSchedular"))
+
+
+@pytest.mark.parametrize(
+    ("family", "scheduler", "line"),
+    [
+        ("lcm", "DDIMScheduler", r".*: LatentConsistencyModelPipeline cannot sample with DDIMScheduler .*leave it out"),
+        ("flux", "FlowMatchHeunDiscreteScheduler", r".*: FluxPipeline cannot sample with FlowMatchHeunDiscrete.*"),
+        ("sd3", "DDIMScheduler", r".*: DDIMScheduler is not for flow matching, unlike .* of this StableDiffusion3P.*"),
+        ("sd-eps", "FlowMatchEulerDiscreteScheduler", r".*: FlowMatch.* is for flow matching, unlike the DDIMSched.*"),
+        ("sana", "DDIMScheduler", r".*: DDIMScheduler is not for flow matching, unlike the DPMSolverMultistep.*"),
+    ],
+)
+def test_a_scheduler_that_the_pipeline_cannot_sample_with_is_refused(family: str, scheduler: str, line: str):
+    with refused(line):
+        build_policy(RunConfig(model={"scheduler": scheduler}), FAMILIES[family]())
 
 
 def test_a_lora_of_another_base_is_refused(tmp_path: Path):

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from raftdiff.losses import clipped_ratio, kl_estimate, preference, weighted_error
+from raftdiff.losses import clipped_ratio, kl_estimate, masked_mean, preference, weighted_error
 
 
 def test_weighted_error_is_weight_times_error_with_gradients_to_the_error_alone():
@@ -95,13 +95,36 @@ def test_a_preference_that_is_fully_learnt_or_fully_wrong_stays_finite():
 def test_the_clipped_ratio_takes_the_worse_of_both_and_stops_outside_the_range():
     ratio_B, advantage_B = torch.tensor([1.5, 1.5, 0.5, 0.5, 1.0]), torch.tensor([2.0, -2.0, 2.0, -2.0, 2.0])
     log_prob_B = (ratio_B.log() - 1.0).requires_grad_()
-    loss_B, metrics = clipped_ratio(log_prob_B, torch.full((5,), -1.0), advantage_B, clip=0.2)
+    old_BT, mask_BT = torch.full((5, 1), -1.0), torch.ones(5, 1, dtype=torch.bool)
+    loss_B, metrics = clipped_ratio(log_prob_B[:, None], old_BT, advantage_B[:, None], mask_BT, clip=0.2)
     assert loss_B.tolist() == pytest.approx([-2.4, 3.0, -1.0, 1.6, -2.0])
     assert metrics["ratio"].tolist() == pytest.approx([1.5, 1.5, 0.5, 0.5, 1.0])
     assert metrics["clipped"].tolist() == [1.0, 1.0, 1.0, 1.0, 0.0]
     loss_B.sum().backward()
     assert log_prob_B.grad is not None
     assert log_prob_B.grad.tolist() == pytest.approx([0.0, 3.0, -1.0, 0.0, -2.0])  # -ratio * advantage where not cut
+
+
+def test_the_clipped_ratio_of_a_text_is_the_mean_over_its_own_tokens():
+    """Of two tokens with one advantage, and of one token beside which there is nothing."""
+    ratio_BT = torch.tensor([[1.5, 0.5], [1.1, 7.0]])
+    log_prob_BT = ratio_BT.log().requires_grad_()
+    mask_BT = torch.tensor([[True, True], [True, False]])
+    zeros_BT, advantage_BT = torch.zeros(2, 2), torch.tensor([[2.0], [-3.0]])
+    loss_B, metrics = clipped_ratio(log_prob_BT, zeros_BT, advantage_BT, mask_BT, clip=0.2)
+    assert loss_B.tolist() == pytest.approx([-(1.2 * 2 + 0.5 * 2) / 2, 1.1 * 3])
+    assert metrics["ratio"].tolist() == pytest.approx([1.0, 1.1])
+    assert metrics["ratio_change"].tolist() == pytest.approx([0.5, 0.1])
+    assert metrics["clipped"].tolist() == [1.0, 0.0]
+    loss_B.sum().backward()
+    assert log_prob_BT.grad is not None
+    assert log_prob_BT.grad.flatten().tolist() == pytest.approx([0.0, -0.5, 3.3, 0.0])  # the half of -ratio * 2
+
+
+def test_the_masked_mean_is_over_what_a_row_has_and_0_where_it_has_nothing():
+    value_BT = torch.tensor([[1.0, 3.0, 8.0], [5.0, 8.0, 8.0], [8.0, 8.0, 8.0]])
+    mask_BT = torch.tensor([[True, True, False], [True, False, False], [False, False, False]])
+    assert masked_mean(value_BT, mask_BT).tolist() == [2.0, 5.0, 0.0]
 
 
 def test_the_kl_estimate_is_schulmans_and_never_negative():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections import defaultdict
 
 import pytest
@@ -13,7 +12,7 @@ from test_cli import call, refused
 from tiny_runs import pipeline_run, tiny_config, tiny_pipeline
 
 from raftdiff.build import build_algorithm
-from raftdiff.config import TrainingConfig, load_preset
+from raftdiff.config import load_preset
 from raftdiff.plan import (
     LONG,
     Plan,
@@ -22,13 +21,11 @@ from raftdiff.plan import (
     Work,
     counts,
     disk_bytes,
-    duration,
     lines,
     plan,
     probed,
     rows_of_image,
     size,
-    steps_and_rows,
 )
 from raftdiff.report import read_metrics
 from raftdiff.rounds import run_rounds
@@ -53,12 +50,6 @@ def test_the_demo_is_counted_as_by_hand():
 
 def test_guidance_doubles_the_rows_of_an_image():
     assert [rows_of_image(25, scale) for scale in (7.5, 1.0, 0.5)] == [50, 25, 25]
-
-
-def test_steps_and_rows_follow_steps_or_epochs():
-    assert steps_and_rows(TrainingConfig(epochs=3, batch_size=8), 10) == (4, 30)
-    assert steps_and_rows(TrainingConfig(steps=5, batch_size=8), 10) == (5, 40)
-    assert steps_and_rows(TrainingConfig(steps=5), 0) == (0, 0)
 
 
 def test_epochs_train_on_what_earlier_rounds_and_the_own_data_add(tmp_path):
@@ -191,11 +182,6 @@ def test_time_is_measured_seconds_times_counts(tmp_path):
     seconds = {work.stage: made.seconds(work) for work in made.stages}
     # two rounds of 8 images, 8 scorings and 6 rows; three evaluations of 4 images
     assert seconds == {"sample": 16.0, "score": 8.0, "train": 24.0, "evaluate at 1": 36.0}
-
-
-def test_durations_have_two_units():
-    shown = [duration(seconds) for seconds in (0.31, 42.4, 200, 3599.7, 18600, 183600, math.nan)]
-    assert shown == ["0.3 s", "42 s", "3 min 20 s", "1 h 0 min", "5 h 10 min", "2 d 3 h", "?"]
 
 
 def test_sizes_are_in_the_unit_that_fits():

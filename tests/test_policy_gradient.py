@@ -128,7 +128,7 @@ class Walk(ThreeWeights):
 
     def log_prob(self, samples: Sequence[Sample], steps: Sequence[int]) -> torch.Tensor:
         assert set(steps) == {0}
-        return self._density(torch.stack([s.latents for s in samples if s.latents is not None]))
+        return self._density(torch.stack([s.latents for s in samples if s.latents is not None]))[:, None]
 
 
 def walk_batch(policy: Walk, *advantages: float, updates: int = 0) -> Batch:
@@ -300,7 +300,7 @@ def test_options_that_cannot_be_run_are_refused(options: dict, words: str):
         ({"adapter": {"dropout": 0.1}}, {}, "dropout must be 0"),
         ({"algorithm": {"teacher": "other"}}, {}, "teacher must be left out"),
         ({"algorithm": {"replay": 0.5}}, {}, "replay must be 0"),
-        ({"data": {"path": "mine"}}, {}, "no trajectory"),
+        ({"data": {"path": "mine"}}, {}, "data must be left out"),
         ({"training": {"steps": 2}}, {"form": "score"}, "training.steps must be 1"),
     ],
 )

@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator, debug_launcher
 from accelerate.state import AcceleratorState
 from safetensors.torch import load
+from tiny_families_b import CALLS, qwen_image
 from tiny_models import FAMILIES, stable_diffusion_3
 from tiny_runs import PROMPTS, ThreeWeights, exported, pipeline_run, redness, three_weights_run, tiny_config
 from torch.distributed.tensor import DTensor
@@ -174,6 +175,18 @@ def test_a_run_with_split_weights_takes_the_same_course(tmp_path, split_weights)
     one, two = (read_metrics(config[name].folder / "metrics.jsonl") for name in ("one", "two"))
     for a, b in zip(one[1:], two[1:], strict=True):
         assert a.training == pytest.approx(b.training, rel=1e-3)
+
+
+def test_prompts_of_several_lengths_are_refused_with_split_weights(split_weights):
+    def work() -> None:
+        policy = DiffusionPolicy(qwen_image(), AdapterConfig(rank=2), num_inference_steps=1, call=CALLS["qwen-image"])
+        shard(policy, Accelerator())
+        prompts = [Prompt(text="a red circle"), Prompt(text="a small red circle above a large blue square")]
+        assert len([policy.sample([prompt], [0]) for prompt in prompts]) == 2
+        with pytest.raises(ConfigError, match=r"set sampling\.batch_size and training\.micro_batch_size to 1\Z"):
+            policy.sample(prompts, [0, 0])
+
+    in_two_processes(work)
 
 
 def test_full_fine_tuning_cannot_be_split(tmp_path, split_weights):

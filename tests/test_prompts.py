@@ -197,7 +197,7 @@ def test_generated_captions_of_every_number_up_to_all_there_are():
     ("source", "words"),
     [
         ("shapes:singel", "unknown kind 'singel'; did you mean 'single'"),
-        ("shapes:bare/25", "there are 1 to 24 captions of the kind bare, not 25"),
+        ("shapes:bare/25", "there are 1 to 24 prompts of the kind bare, not 25"),
         ("shapes:count/289", "1 to 288"),
         ("shapes:single/0", "not 0"),
         ("shapes:single/-1", "whole numbers"),

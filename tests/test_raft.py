@@ -146,6 +146,8 @@ def test_raft_is_an_algorithm():
         ({"selection": "hybrid", "hybrid_keep": 0}, "hybrid_keep is 0"),
         ({"selection": "hybrid", "hybrid_keep": 4, "keep": 2}, "keep 2"),
         ({"hybrid_keep": 4}, "the others do not take it"),
+        ({"selection": "pareto", "keep": 2}, "pareto keeps whole fronts"),
+        ({"selection": "pareto", "kl_beta": 1.0}, "pareto keeps whole fronts"),
         ({"min_margin": 0.0}, "min_margin is 0.0"),
         ({"min_reward": float("inf")}, "min_reward is inf"),
     ],
@@ -168,6 +170,16 @@ def test_k_that_leaves_nothing_to_select_is_refused_except_for_the_control_and_g
         Raft(keep=4).validate(of_k(4))
     Raft(selection="random").validate(of_k(1))
     Raft(selection="global").validate(of_k(1))
+
+
+def test_a_front_needs_two_rewards_and_two_samples():
+    rewards = [{"name": "jpeg"}, {"name": "clip", "weight": 0.5}]
+    pareto = Raft(selection="pareto")
+    with pytest.raises(ConfigError, match="give at least two a weight"):
+        pareto.validate(of_k(8))
+    with pytest.raises(ConfigError, match="nothing to select"):
+        pareto.validate(RunConfig.model_validate({"rewards": rewards, "sampling": {"samples_per_prompt": 1}}))
+    pareto.validate(RunConfig.model_validate({"rewards": rewards}))
 
 
 @pytest.mark.parametrize("selection", ["local", "global", "random"])

@@ -50,7 +50,7 @@ def test_listing_the_names_imports_no_unit():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "'shapes-oracle'" in done.stdout and "'raft'" in done.stdout and "'diffusion'" in done.stdout
+    assert "'shapes-oracle'" in done.stdout and "'raft'" in done.stdout and "'text'" in done.stdout
 
 
 def test_an_unknown_name_is_refused_with_the_nearest_and_the_list():

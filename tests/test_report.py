@@ -20,19 +20,21 @@ from rich.console import Console
 
 from raftdiff.errors import DataError, StorageError
 from raftdiff.evaluation import Verdict
+from raftdiff.objectives import Together
 from raftdiff.report import (
     ABSENT,
     Curve,
     append_metrics,
     comparison,
     draw_chart,
+    duration,
     image_grid,
     read_metrics,
     terminal_table,
     truncate_metrics,
     write_report,
 )
-from raftdiff.types import Evaluation, Interval, Prompt, RoundReport, Sample, Scored, StageCost
+from raftdiff.types import Evaluation, Interval, Moments, Prompt, RoundReport, Sample, Scored, StageCost
 
 MINUS = "\N{MINUS SIGN}"
 
@@ -109,7 +111,9 @@ def test_a_line_is_canonical_json_with_null_for_what_is_not_finite(tmp_path):
     report = dataclasses.replace(round_report(1, evaluated=False), training={"b": math.nan, "a": math.inf}, ledger=())
     append_metrics(path, report)
     assert path.read_text() == (
-        '{"evaluations":[],"failed":1,"ledger":[],"phase":{"grown":0,"improve":0,"learning_rate":1.0},"requested":16,"rewards":{"best_of_group":0.7999999999999999,'
+        '{"evaluations":[],"failed":1,"ledger":[],"moments":{},'
+        '"phase":{"grown":0,"improve":0,"kl_coefficient":0.0,"learning_rate":1.0},"requested":16,'
+        '"rewards":{"best_of_group":0.7999999999999999,'
         '"reward":0.1},"round":1,"scored":13,"selected":4,"skipped":2,"training":{"a":null,"b":null}}\n'
     )
     assert all(math.isnan(value) for value in read_metrics(path)[0].training.values())
@@ -236,6 +240,11 @@ def test_a_chart_scales_to_round_numbers_and_leaves_gaps_out():
     assert drawing.band == ""
 
 
+def test_durations_have_two_units():
+    shown = [duration(seconds) for seconds in (0.31, 42.4, 200, 3599.7, 18600, 183600, math.nan)]
+    assert shown == ["0.3 s", "42 s", "3 min 20 s", "1 h 0 min", "5 h 10 min", "2 d 3 h", "?"]
+
+
 def test_a_chart_of_one_equal_or_missing_value_can_be_drawn():
     for values in ([2.0, 2.0], [math.nan, math.nan], [0.0, 0.0], [1e9, 1e9]):
         chart = draw_chart("reward", "", [Curve(label="x", at=[0, 1], values=values, lows=values, highs=values)])
@@ -325,7 +334,7 @@ def test_every_section_is_there(tmp_path):
         "a better answer",
         "samples drawn for training",
         "a fine cross reward 1.250 clip 27.123",
-        "evaluate 9.0 s 5% 80 sample 2 min 02 s 64% 3,200",
+        "evaluate 9.0 s 5% 80 sample 2 min 2 s 64% 3,200",
         "All rounds 3 min 10 s 3,400",
         "base 0 0 0 0 0 9.0 s 80 1 16 13 1 2 4 1 min 30 s 1,660",
         'pipeline.load_lora_weights("runs/demo/lora")',
@@ -334,6 +343,29 @@ def test_every_section_is_there(tmp_path):
         assert expected in text
     # reward, oracle, diversity, the samples drawn for training, and training's loss and gradient norm
     assert sum(tag == "svg" and "aria-label" in attributes for tag, attributes in page.tags) == 6
+
+
+def test_several_rewards_have_a_section_with_their_correlations_trends_and_floors(tmp_path):
+    together = Together(
+        names=("clip", "<b>size</b>"),
+        correlation=((1.0, -0.25), (-0.25, 1.0)),
+        disagreement=0.375,
+        missed={"clip": 0.125, "oracle": 0.5},
+    )
+    page = Page(written(tmp_path, together=together, trends={"clip": "falls"}))
+    text = " ".join(page.text.split())
+    assert "objectives" in page.values("id")
+    assert "For 38% of the prompts no sample is the best in every reward." in text
+    assert f"clip falls 12% 1.00 {MINUS}0.25 <b>size</b> {ABSENT} {ABSENT} {MINUS}0.25 1.00" in text
+    assert "Below the floor of rewards without weight: oracle 50%." in text
+
+
+def test_the_statistics_of_the_pictures_are_charted_and_their_spread_is_not(tmp_path):
+    of = {name: Moments(count=4, mean=0.5, variance=0.1) for name in ("saturation", "drift", "spread")}
+    watched = dataclasses.replace(round_report(1).evaluations[0], statistics=of)
+    reports = [ROUND_0, dataclasses.replace(round_report(1), evaluations=(watched,))]
+    text = Page(written(tmp_path, reports=reports, verdict=Verdict(kind="healthy", message="Well.", best=1))).text
+    assert "pictures: saturation" in text and "pictures: drift" in text and "pictures: spread" not in text
 
 
 def test_untrusted_text_is_text(tmp_path):

@@ -15,20 +15,27 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from tiny_runs import three_weights_run, tiny_config
 
+from raftdiff.checkpoint import Checkpoints
 from raftdiff.errors import ConfigError, DataError, WeightsError
+from raftdiff.evaluation import diversity
 from raftdiff.pipelines import shapes_scorers
 from raftdiff.pipelines.shapes import build_tokenizer
 from raftdiff.protocols import Reward
 from raftdiff.reward_models.aesthetic import AestheticReward, load_head
-from raftdiff.reward_models.clip import ClipReward, clip_encoder, encoder_key
+from raftdiff.reward_models.clip import ClipReward
+from raftdiff.reward_models.encoders import clip_encoder
 from raftdiff.reward_models.function import FunctionReward
+from raftdiff.reward_models.image_stats import ImageStatsReward
 from raftdiff.reward_models.jpeg import JpegReward
 from raftdiff.reward_models.shapes_oracle import ShapesOracleReward, ShapesRatingReward
+from raftdiff.rounds import run_rounds
 from raftdiff.shapes import WEIGHTS
 from raftdiff.shapes.captions import BACKGROUNDS, COLORS, parse, random_caption
 from raftdiff.shapes.oracle import judge_reading, read
 from raftdiff.shapes.scenes import Object, Scene, random_scene, render
+from raftdiff.store import SampleStore
 from raftdiff.types import Prompt, Sample
 
 
@@ -90,6 +97,9 @@ REWARDS = {
     "clip": lambda clip, head: ClipReward(clip),
     "aesthetic": lambda clip, head: AestheticReward(head, clip),
     "jpeg": lambda clip, head: JpegReward(),
+    "sharpness": lambda clip, head: ImageStatsReward("sharpness"),
+    "saturation": lambda clip, head: ImageStatsReward("saturation"),
+    "color-entropy": lambda clip, head: ImageStatsReward("color-entropy"),
     "shapes-oracle": lambda clip, head: ShapesOracleReward(),
     "shapes-rating": lambda clip, head: ShapesRatingReward(),
     "function": lambda clip, head: FunctionReward(lambda images, prompts: [1.0] * len(images), "one"),
@@ -110,7 +120,7 @@ class TestEveryReward:
 
     def test_keeps_the_contract(self, reward):
         assert isinstance(reward, Reward)
-        assert reward.modality == "image" and not reward.differentiable
+        assert reward.modality in ("image", None) and not reward.differentiable
         value_B = reward.score([sample(noise(16, 16)), sample(circle())])
         assert value_B.dtype == torch.float32 and value_B.shape == (2,) and not value_B.requires_grad
         assert reward.score([]).shape == (0,)
@@ -143,7 +153,7 @@ class TestClip:
 
     def test_a_picture_of_the_models_size_is_normalised_and_nothing_else(self, tiny_clip):
         image = noise(16, 16)
-        seen = clip_encoder(*encoder_key(tiny_clip, None)).preprocess(sample(image).image)
+        seen = clip_encoder(tiny_clip).preprocess(sample(image).image)
         expected = (image / 255 - np.array([0.4, 0.5, 0.6])) / np.array([0.2, 0.25, 0.3])
         assert seen.numpy().transpose(1, 2, 0) == pytest.approx(expected, abs=1e-5)
 
@@ -209,8 +219,43 @@ class TestClip:
             ClipReward(model, pretrained)
 
     def test_an_unknown_dtype_names_the_known_ones(self, tiny_clip):
-        with pytest.raises(ConfigError, match="'int8'; use one of fp32, bf16, fp16"):
+        with pytest.raises(ConfigError, match="'int8' .there are fp32, bf16, fp16"):
             ClipReward(tiny_clip, dtype="int8")
+
+    def test_has_embeddings_for_diversity_where_it_is_asked_to(self, tiny_clip):
+        judged = [sample(noise(16, 16, seed)) for seed in (0, 1, 0)]
+        embed = ClipReward(tiny_clip, diversity=True).embed
+        same, other = (diversity([[judged[0], judged[i]]], embed)[0] for i in (2, 1))
+        u, v = ClipReward(tiny_clip).encoder.image_features([judged[0].image, judged[1].image]).double().numpy()
+        assert same == pytest.approx(0, abs=1e-6)
+        assert other == pytest.approx(1 - u @ v, abs=1e-6) and other > 1e-3
+        assert ClipReward(tiny_clip).embed is None
+
+    def test_its_own_scale_is_the_learned_one(self, tiny_clip):
+        judged = [sample(noise(16, 16))]
+        learned = math.exp(load_file(tiny_clip / "open_clip_model.safetensors")["logit_scale"].item())
+        cosine = ClipReward(tiny_clip, scale=1.0).score(judged).item()
+        assert ClipReward(tiny_clip, scale=None).score(judged).item() == pytest.approx(learned * cosine, rel=1e-5)
+
+    def test_a_run_measures_diversity_on_its_embeddings_where_it_is_asked_to(self, tiny_clip, tmp_path):
+        reward = ClipReward(tiny_clip, diversity=True)
+        config = tiny_config(tmp_path, rounds=1, evaluation={"seeds_per_prompt": 2})
+        result = run_rounds(three_weights_run(config, watched=[reward]))
+        groups: dict[str, list[Sample]] = {}
+        for one in SampleStore(config.folder / "evaluation" / "guidance-1").read_samples(0):
+            groups.setdefault(one.prompt.id, []).append(one)
+        expected = []
+        for first, second in groups.values():
+            u, v = reward.encoder.image_features([first.image, second.image]).double().numpy()
+            expected.append(1 - u @ v)
+        assert result.base[0].metrics["diversity"].mean == pytest.approx(np.mean(expected), abs=1e-6)
+
+    def test_a_run_records_where_the_weights_come_from(self, tiny_clip, tmp_path):
+        reward = ClipReward(tiny_clip, name="clip")
+        run = three_weights_run(tiny_config(tmp_path, rounds=1), watched=[reward])
+        run_rounds(run)
+        found, _ = Checkpoints(run.config.folder / "checkpoints").newest()
+        assert found.meta["rewards"] == {"redness": None, "clip": f"local-dir:{tiny_clip}"}
 
 
 class TestAesthetic:
@@ -324,6 +369,44 @@ class TestJpeg:
             JpegReward(**options)
 
 
+class TestImageStats:
+    """Pictures of 4 x 4 pixels."""
+
+    def value(self, metric: str, image: np.ndarray) -> float:
+        return ImageStatsReward(metric).score([sample(image)]).item()
+
+    def gray(self, rows: list[list[int]]) -> np.ndarray:
+        return np.repeat(np.array(rows, dtype=np.uint8)[:, :, None], 3, axis=2)
+
+    def test_sharpness_is_the_variance_of_the_laplacian(self):
+        flat, ramp = self.gray([[7] * 4] * 4), self.gray([[0, 10, 20, 30]] * 4)
+        assert [self.value("sharpness", image) for image in (flat, ramp)] == pytest.approx([0, 0], abs=1e-6)
+        # A point of 100 in the inner 2 x 2: its own Laplacian is -400, that of its two neighbors there 100, and of the
+        # fourth pixel, across the corner, 0. The mean is -50.
+        point = self.gray([[0, 0, 0, 0], [0, 100, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]])
+        assert self.value("sharpness", point) == pytest.approx((350**2 + 150**2 * 2 + 50**2) / 4, rel=1e-5)
+
+    def test_saturation_is_that_of_hsv(self):
+        image = np.zeros((4, 4, 3), dtype=np.uint8)  # half of it black, which has none
+        image[:2] = (200, 50, 100)
+        assert self.value("saturation", image) == pytest.approx(0.5 * 150 / 200)
+        assert self.value("saturation", self.gray([[90] * 4] * 4)) == 0
+
+    def test_color_entropy_counts_colors_in_eight_levels_a_channel(self):
+        image = np.zeros((4, 4, 3), dtype=np.uint8)
+        image[:2], image[2] = (255, 0, 0), (0, 0, 255)
+        image[3] = (3, 3, 3)  # of the same level as (0, 0, 0)
+        assert self.value("color-entropy", image) == pytest.approx(0.5 * 1 + 2 * 0.25 * 2)
+        image[:] = (31, 0, 0)
+        image[0] = (32, 0, 0)
+        share = -(0.25 * math.log2(0.25) + 0.75 * math.log2(0.75))
+        assert self.value("color-entropy", image) == pytest.approx(share)
+
+    def test_an_unknown_metric_names_the_nearest(self):
+        with pytest.raises(ConfigError, match="'sharpnes'; did you mean 'sharpness'.*saturation, color-entropy"):
+            ImageStatsReward("sharpnes")
+
+
 class TestShapesOracle:
     def test_counts_what_is_true_of_what_is_asked(self):
         judged = [sample(circle(), "a red circle"), sample(circle(), "a blue circle on a black background")]
@@ -369,7 +452,7 @@ class TestFunction:
         assert reward.score([sample(circle())] * 2).isnan().tolist() == [True, False]
 
     def test_judges_texts_too(self):
-        reward = FunctionReward(lambda texts, prompts: [len(t) for t in texts], "length", modality="text")
+        reward = FunctionReward(lambda texts, prompts: [len(t) for t in texts], "length")
         assert reward.score([Sample(id="a", prompt=Prompt(text="p"), seed=0, text="four")]).tolist() == [4.0]
 
     @pytest.mark.parametrize(
@@ -442,7 +525,7 @@ class TestEmbeddedScorers:
         model = shapes_scorers.build_clip(tokenizer).eval()
         assert sum(p.numel() for p in model.parameters()) < 850_000
         shapes_scorers.save_clip(model, tokenizer, tmp_path)
-        encoder = clip_encoder(*encoder_key(tmp_path, None))
+        encoder = clip_encoder(tmp_path)
         texts = ["two red crosses on a cyan background", "a blue square"]
         with torch.no_grad():
             text_TD = shapes_scorers.embed_texts(model, tokenizer, texts)

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from raftdiff.errors import ConfigError, ScoringError
-from raftdiff.scoring import STD_FLOOR, WeightedReward, score, score_parts, standardize, weighted_sum
-from raftdiff.types import Prompt, Sample
+from raftdiff.objectives import STD_FLOOR
+from raftdiff.scoring import Combination, WeightedReward, combined, score, score_parts, standardize
+from raftdiff.types import Moments, Prompt, Sample
 
 NAN, INFINITY = math.nan, math.inf
 
@@ -202,7 +203,44 @@ class TestScore:
             score(make_samples(1), rewards)
 
 
-def test_weighted_sum_needs_every_weighted_part():
-    assert weighted_sum({"a": 2.0, "b": 3.0}, {"a": 1.0, "b": -2.0}) == -4
-    assert weighted_sum({"a": 2.0}, {"a": 1.0, "b": 0.0}) == 2
-    assert weighted_sum({"a": 2.0}, {"a": 1.0, "b": -2.0}) is None
+class TestCombination:
+    """Three samples on which "a" is 1, 2, 3 and "b" 30, 20, 10."""
+
+    def rewards_of(self, **how) -> list[float | None]:
+        values = {"a": torch.tensor([1.0, 2.0, 3.0]), "b": torch.tensor([30.0, 20.0, 10.0])}
+        return [s.reward for s in combined(make_samples(3), values, Combination(**how))]
+
+    def test_running_statistics_standardize_all_but_the_rounds_own(self):
+        moments = {"a": Moments(count=9, mean=2.0, variance=4.0), "b": Moments(count=9, mean=0.0, variance=100.0)}
+        how = {"weights": {"a": 1.0, "b": 0.5}, "moments": moments}
+        # z of a: -.5, 0, .5; of b, weighted: 1.5, 1, .5
+        assert self.rewards_of(how="weighted-linear", **how) == [1.0, 1.0, 1.0]
+        assert self.rewards_of(how="worst-case", **how) == [-0.5, 0.0, 0.5]
+        unit = math.sqrt(1.5)
+        assert self.rewards_of(how="standardized", **how) == pytest.approx([-unit / 2, 0, unit / 2])
+
+    def test_without_running_statistics_the_samples_own_are_taken(self):
+        unit = math.sqrt(1.5)
+        found = self.rewards_of(how="worst-case", weights={"a": 1.0, "b": 1.0})
+        assert found == pytest.approx([-unit, 0, -unit])
+
+    def test_samples_below_a_floor_rank_below_all_others_in_their_own_order(self):
+        # alone a ranks 1, 2, 3; b must reach 20, which the last does not: it goes one deviation, sqrt(2/3), below 1
+        found = self.rewards_of(how="sum", weights={"a": 1.0, "b": 0.0}, floors={"b": 20.0})
+        assert found == pytest.approx([1.0, 2.0, 1.0 - math.sqrt(2 / 3)])
+        # of two below, the better stays the better: 2 and 3 move down together
+        found = self.rewards_of(how="sum", weights={"a": 1.0, "b": 0.0}, floors={"b": 30.0})
+        assert found == pytest.approx([1.0, -math.sqrt(2 / 3), 1.0 - math.sqrt(2 / 3)])
+
+    def test_with_a_negative_weight_a_floor_is_a_ceiling(self):
+        found = self.rewards_of(how="sum", weights={"a": -1.0, "b": 0.0}, floors={"a": 2.0})
+        assert found[:2] == [-1.0, -2.0] and found[2] < -2.0
+
+    def test_floors_that_none_or_all_miss_change_nothing(self):
+        for floor in (0.0, 99.0):
+            assert self.rewards_of(how="sum", weights={"a": 1.0, "b": 0.0}, floors={"b": floor}) == [1, 2, 3]
+
+    def test_a_reward_that_failed_has_not_reached_its_floor(self):
+        values = {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([5.0, NAN])}
+        how = Combination(weights={"a": 1.0, "b": 0.0}, how="sum", floors={"b": 5.0})
+        assert [s.missed for s in combined(make_samples(2), values, how)] == [(), ("b",)]

@@ -21,6 +21,7 @@ from raftdiff.selection import (
     by_reward,
     hybrid,
     kl_regularized,
+    pareto_front,
     random_of_group,
     softmax_weights,
     vmpo_temperature,
@@ -235,3 +236,25 @@ def test_vmpo_keeps_the_better_half_with_the_mean_weight_1():
     assert weights[1] > weights[3] > weights[0] > 0 and sum(weights) == pytest.approx(3.0)
     assert vmpo_weights([1.0, 1.0, 1.0, 1.0], 0.1) == [1.0, 1.0, 0.0, 0.0]
     assert vmpo_weights([0.5], 0.1) == [1.0]
+
+
+def objectives(text: str, *rows: tuple[float, ...], missed: tuple[int, ...] = ()) -> Group:
+    found = group(text, *(sum(row) for row in rows))
+    samples = [
+        replace(s, objectives=dict(zip("abc", row, strict=False)), missed=("a",) if k in missed else ())
+        for k, (s, row) in enumerate(zip(found.samples, rows, strict=True))
+    ]
+    return replace(found, samples=tuple(samples))
+
+
+def test_the_pareto_front_of_a_prompt_is_what_no_other_sample_dominates():
+    # 3 is dominated by 0, and 4 by 2; 1 and 5 are equal and stay both
+    front = objectives("p", (3.0, 1.0), (2.0, 2.0), (1.0, 3.0), (3.0, 0.0), (0.0, 3.0), (2.0, 2.0))
+    assert ids(pareto_front([front])) == ["p-0", "p-1", "p-2", "p-5"]
+    assert ids(pareto_front([objectives("q", (1.0, 1.0, 1.0), (0.0, 1.0, 1.0)), front]))[:1] == ["q-0"]
+
+
+def test_samples_below_a_floor_are_on_the_front_only_where_there_are_no_others():
+    rows = ((9.0, 9.0), (1.0, 2.0), (2.0, 1.0))
+    assert ids(pareto_front([objectives("p", *rows, missed=(0,))])) == ["p-1", "p-2"]
+    assert ids(pareto_front([objectives("p", *rows, missed=(0, 1, 2))])) == ["p-0"]

@@ -16,7 +16,7 @@ from raftdiff.build import build_algorithm
 from raftdiff.config import RunConfig
 from raftdiff.errors import ConfigError
 from raftdiff.interrupts import Interrupted
-from raftdiff.rounds import run_rounds
+from raftdiff.rounds import Quiet, run_rounds
 from raftdiff.store import SampleStore
 from raftdiff.types import Batch, Draw, Example, Phase, Prompt, Sample
 
@@ -59,13 +59,30 @@ def test_stopped_in_training_a_run_goes_on_to_the_same_adapter(tmp_path):
     assert exported(finish(config, resume=True).folder) == whole
 
 
+class Counted(Quiet):
+    """A display that keeps how far each stage came, and of how much."""
+
+    def __init__(self) -> None:
+        self.counts: dict[str, tuple[int, int]] = {}
+
+    def stage(self, round, name, total):
+        self.name = name
+        self.counts[name] = (0, total)
+
+    def advance(self, count=1, metrics=None):
+        done, total = self.counts[self.name]
+        self.counts[self.name] = (done + count, total)
+
+
 def test_a_pipeline_learns_the_pictures_of_a_folder(tmp_path):
     for i in range(2):
         Image.fromarray(np.full((20, 24, 3), (255, 0, 0), dtype=np.uint8)).save(tmp_path / f"{i}.png")
     lines = [f'{{"file_name": "{i}.png", "text": "a red circle"}}\n' for i in range(2)]
     (tmp_path / "metadata.jsonl").write_text("".join(lines), encoding="utf-8")
     config = tiny_config(tmp_path, rounds=1, algorithm={"name": "sft"}, data={"path": str(tmp_path)})
-    report = run_rounds(pipeline_run(config)).reports[-1]
+    shown = Counted()
+    report = run_rounds(pipeline_run(config, display=shown)).reports[-1]
+    assert shown.counts["own data"] == (2, 2)
     assert report.selected == 2 and report.training["steps"] == 3
     assert report.training["error"] == pytest.approx(report.training["loss"])
 

@@ -8,6 +8,7 @@ import io
 import json
 import math
 import os
+from dataclasses import replace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -17,7 +18,7 @@ from PIL import Image
 
 from raftdiff.errors import StorageError
 from raftdiff.store import SampleStore
-from raftdiff.types import Example, Prompt, Sample
+from raftdiff.types import Completion, Example, Prompt, Sample
 
 
 def image_sample(k: int, height: int = 5, width: int = 7) -> Sample:
@@ -38,17 +39,41 @@ def text_sample(k: int) -> Sample:
     return Sample(id=f"0003-text-{k:02d}", prompt=Prompt(text="Q"), seed=k, text="an answer\nof two lines")
 
 
+def completed_sample(k: int) -> Sample:
+    """With what a value head adds to it, for every other k."""
+    completion = Completion(
+        tokens_T=torch.tensor([5, 2**40, 0]),
+        log_prob_T=torch.tensor([-1 / 3, -0.0, float("nan")]),
+        temperature=0.7,
+        finished=bool(k % 2),
+        value_T=torch.tensor([0.1, 1e-40, 3.0]) if k % 2 else None,
+        reference_log_prob_T=torch.tensor([-0.25, -1e30, -7.0]) if k % 2 else None,
+    )
+    return replace(text_sample(k), completion=completion)
+
+
 def assert_same(read: Sample, written: Sample) -> None:
     fields = ("id", "seed", "text", "flaw")
     assert [getattr(read, f) for f in fields] == [getattr(written, f) for f in fields]
     assert read.prompt == written.prompt
     for name in ("image", "latents"):
-        got, want = getattr(read, name), getattr(written, name)
-        if want is None:
-            assert got is None
-        else:
-            assert (got.dtype, got.shape) == (want.dtype, want.shape)
-            assert got.contiguous().numpy().tobytes() == want.contiguous().numpy().tobytes()
+        assert_same_tensor(getattr(read, name), getattr(written, name))
+    if written.completion is None:
+        assert read.completion is None
+        return
+    assert read.completion is not None
+    fields = ("temperature", "finished")
+    assert [getattr(read.completion, f) for f in fields] == [getattr(written.completion, f) for f in fields]
+    for name in ("tokens_T", "log_prob_T", "value_T", "reference_log_prob_T"):
+        assert_same_tensor(getattr(read.completion, name), getattr(written.completion, name))
+
+
+def assert_same_tensor(got: torch.Tensor | None, want: torch.Tensor | None) -> None:
+    if got is None or want is None:
+        assert got is want
+        return
+    assert (got.dtype, got.shape) == (want.dtype, want.shape)
+    assert got.contiguous().numpy().tobytes() == want.contiguous().numpy().tobytes()
 
 
 def part_path(tmp_path, part: int = 0):
@@ -65,6 +90,14 @@ def test_samples_come_back_exactly_in_the_order_of_the_parts(tmp_path):
     for got, want in zip(read, samples, strict=True):
         assert_same(got, want)
     assert {part: len(group) for part, group in store.parts(3).items()} == {0: 2, 1: 1}
+
+
+def test_the_tokens_of_texts_come_back_exactly(tmp_path):
+    store = SampleStore(tmp_path)
+    samples = [completed_sample(0), completed_sample(1), text_sample(2)]
+    store.write_samples(3, 0, samples)
+    for read, written in zip(store.read_samples(3), samples, strict=True):
+        assert_same(read, written)
 
 
 def test_a_part_without_samples_is_a_part(tmp_path):

@@ -13,9 +13,9 @@ from accelerate import Accelerator
 
 from raftdiff.algorithms.raft import Raft
 from raftdiff.config import TrainingConfig
-from raftdiff.errors import TrainingError, WeightsError
+from raftdiff.errors import ConfigError, TrainingError, WeightsError
 from raftdiff.protocols import Policy
-from raftdiff.training import Trainer
+from raftdiff.training import Trainer, steps_and_rows
 from raftdiff.types import Draw, Example, Prompt, Sample
 
 
@@ -214,12 +214,28 @@ def test_three_skipped_steps_in_a_row_stop_with_the_weights_as_they_were():
     assert policy.weight.tolist() == [1.0, 0.5] and not loop.optimizer.state
 
 
-def test_running_out_of_memory_halves_the_micro_batch_and_changes_nothing_else():
+def test_steps_and_rows_follow_steps_or_epochs():
+    assert steps_and_rows(TrainingConfig(epochs=3, batch_size=8), 10) == (4, 30)
+    assert steps_and_rows(TrainingConfig(steps=5, batch_size=8), 10) == (5, 40)
+    assert steps_and_rows(TrainingConfig(steps=5), 0) == (0, 0)
+
+
+def test_running_out_of_memory_halves_the_micro_batch_and_changes_nothing_else(caplog):
     roomy, tight = Linear(noisy=True), Linear(noisy=True, memory=2)
     expected = trainer(roomy, batch_size=7, epochs=3).train(SEVEN, round=1)
     loop = trainer(tight, batch_size=7, epochs=3)
     assert loop.train(SEVEN, round=1) == pytest.approx(expected, abs=1e-6)
     assert torch.allclose(roomy.weight, tight.weight, atol=1e-6)
+    assert loop.micro_batch_size == 1
+    assert caplog.messages == [
+        "out of memory with 7 samples at once (training.micro_batch_size); going on with 3",
+        "out of memory with 3 samples at once (training.micro_batch_size); going on with 1",
+    ]
+
+
+def test_a_short_step_halves_what_was_tried():
+    loop = trainer(Linear(memory=2), batch_size=32)
+    loop.train(SEVEN, round=1)
     assert loop.micro_batch_size == 1  # 7, 3, 1
 
 
@@ -237,7 +253,9 @@ def test_out_of_memory_half_way_through_a_batch_does_not_count_its_rows_twice():
 
 
 def test_no_memory_for_a_single_sample_is_an_error_that_says_what_to_lower():
-    with pytest.raises(TrainingError, match="one sample at a time; lower"):
+    with pytest.raises(
+        ConfigError, match=r"\Aout of memory with 1 of the samples at once \(training\.micro.*; set .*\Z"
+    ):
         trainer(Linear(memory=0), batch_size=4, steps=1).train(SEVEN, round=1)
 
 

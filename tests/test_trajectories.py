@@ -167,14 +167,14 @@ def test_right_after_sampling_the_density_of_each_step_is_the_trajectorys_own(fa
     policy = policy_of(family, guidance_scale=scale)
     samples = sampled(policy, family)
     for step in range(STEPS):
-        log_prob_B = policy.log_prob(samples, [step] * 3)
+        log_prob_B = policy.log_prob(samples, [step] * 3).squeeze(1)
         torch.testing.assert_close(log_prob_B, old_log_prob(samples, step), atol=1e-5, rtol=0)
         assert log_prob_B.requires_grad and log_prob_B.dtype == torch.float32
-    mixed_B = policy.log_prob(samples, [2, 0, 1])
+    mixed_B = policy.log_prob(samples, [2, 0, 1]).squeeze(1)
     own_B = torch.stack([old_log_prob(samples, step)[i] for i, step in enumerate([2, 0, 1])])
     torch.testing.assert_close(mixed_B, own_B, atol=1e-5, rtol=0)
     with policy.reference():
-        assert (policy.log_prob(samples, [1] * 3) - old_log_prob(samples, 1)).abs().max() > 1e-4
+        assert (policy.log_prob(samples, [1] * 3).squeeze(1) - old_log_prob(samples, 1)).abs().max() > 1e-4
 
 
 @every_family
@@ -260,7 +260,7 @@ def test_trajectories_are_made_in_the_arithmetic_of_training(family: str, dtype:
     policy.pipeline.to(dtype)
     samples = sampled(policy, family)
     for step in range(STEPS):
-        log_prob_B = policy.log_prob(samples, [step] * 3)
+        log_prob_B = policy.log_prob(samples, [step] * 3).squeeze(1)
         torch.testing.assert_close(log_prob_B, old_log_prob(samples, step), atol=1e-5, rtol=0)
     assert "forward" not in vars(policy.denoiser)
     assert policy.log_prob_rounding == torch.finfo(torch.bfloat16).eps

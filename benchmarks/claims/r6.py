@@ -20,7 +20,7 @@ from raftdiff.build import build_policy
 from raftdiff.config import RunConfig
 from raftdiff.pipelines.loading import load_pipeline
 from raftdiff.prompts import load_prompts
-from raftdiff.reward_models.clip import clip_encoder, encoder_key
+from raftdiff.reward_models.encoders import clip_encoder
 from raftdiff.reward_models.images import pixels
 from raftdiff.reward_models.shapes_oracle import ShapesRatingReward
 
@@ -36,7 +36,7 @@ def weak_head(config: RunConfig, labels: int, path: Path) -> float:
     prompts = load_prompts(config.prompts.source)
     seeds = list(range(labels + OTHERS))
     samples = policy.sample([prompts[seed % len(prompts)] for seed in seeds], seeds)
-    encoder = clip_encoder(*encoder_key("shapes", None))
+    encoder = clip_encoder("shapes")
     x_ND = encoder.image_features([pixels(sample) for sample in samples], batch_size=64).double()
     y_N = ShapesRatingReward().score(samples).double()
     mean_D, mean = x_ND[:labels].mean(0), y_N[:labels].mean()

@@ -12,7 +12,8 @@ from benchmarks.claims.rest_runs import two_grows
 from benchmarks.common import arguments, show, table, verdict
 from raftdiff.algorithms.rest import Rest
 from raftdiff.config import RunConfig, load_config
-from raftdiff.scoring import by_prompt, stored
+from raftdiff.report import read_metrics
+from raftdiff.scoring import by_prompt, combination, stored
 from raftdiff.store import SampleStore
 from raftdiff.types import Group, Phase, Sample
 
@@ -21,8 +22,8 @@ GLOBAL = (0.5, 0.7, 0.8, 0.9)
 
 def groups_of(folder: Path, config: RunConfig) -> list[Group]:
     """The first Grow of a run, as its selection saw it."""
-    weights = {reward.label or reward.name: reward.weight for reward in config.rewards}
-    return by_prompt(stored(SampleStore(folder), 1, weights, config.combine))
+    how = combination(config, read_metrics(folder / "metrics.jsonl"), grown=1)
+    return by_prompt(stored(SampleStore(folder), 1, how))
 
 
 def prompts_in(samples: list[Sample]) -> int:

@@ -26,7 +26,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 
@@ -34,8 +34,8 @@ from ..config import RunConfig
 from ..errors import ConfigError
 from ..losses import DpoLoss, preference
 from ..protocols import Algorithm, Policy
-from ..registry import nearest
-from ..selection import best_of_group, by_reward
+from ..registry import check_choice
+from ..selection import by_reward, ranking
 from ..types import Batch, Example, Group, Phase
 
 logger = logging.getLogger(__name__)
@@ -64,10 +64,9 @@ class Dpo(Algorithm):
     pairs = True
 
     def __post_init__(self) -> None:
-        for name, kinds in (("source", Source), ("loss_type", DpoLoss), ("pairing", Pairing)):
-            value, known = getattr(self, name), get_args(kinds)
-            if value not in known:
-                raise ConfigError(f"{name} is {value!r}{nearest(str(value), known)} (there are {', '.join(known)})")
+        check_choice("source", self.source, Source)
+        check_choice("loss_type", self.loss_type, DpoLoss)
+        check_choice("pairing", self.pairing, Pairing)
         if not (math.isfinite(self.beta) and self.beta > 0):
             raise ConfigError(f"beta is {self.beta}; it must be positive (docs/dpo.md has a table)")
         if (self.loss_type == "cdpo") != (self.label_smoothing is not None):
@@ -101,9 +100,9 @@ class Dpo(Algorithm):
         return [example for of_prompt in pairs for example in of_prompt]
 
     def _pairs(self, group: Group) -> list[Example]:
-        ranking = best_of_group([group], keep=len(group.samples))
-        best_worst = zip(ranking[:1], ranking[-1:], strict=True)
-        candidates = combinations(ranking, 2) if self.pairing == "all" else best_worst
+        ranked = ranking(group)
+        best_worst = zip(ranked[:1], ranked[-1:], strict=True)
+        candidates = combinations(ranked, 2) if self.pairing == "all" else best_worst
         return [
             Example(sample=better.sample, rejected=worse.sample)
             for better, worse in candidates

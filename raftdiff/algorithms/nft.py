@@ -26,7 +26,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import get_args
 
 import torch
 
@@ -34,7 +33,7 @@ from ..config import RunConfig
 from ..errors import ConfigError
 from ..losses import forward_process
 from ..protocols import Algorithm, GivesDenoised
-from ..registry import nearest
+from ..registry import check_choice
 from ..selection import Deviation, group_relative
 from ..types import Batch, Example, Group, Phase
 
@@ -57,9 +56,7 @@ class Nft(Algorithm):
     needs = ("denoised",)
 
     def __post_init__(self) -> None:
-        if self.std not in get_args(Deviation):
-            known = get_args(Deviation)
-            raise ConfigError(f"std is {self.std!r}{nearest(str(self.std), known)} (there are {', '.join(known)})")
+        check_choice("std", self.std, Deviation)
         for name in ("beta", "max_advantage"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):

@@ -1,5 +1,5 @@
 """Policy gradients through the denoising steps: DDPO (Black et al., arXiv 2305.13301) and, for flow-matching models,
-Flow-GRPO (Liu et al., arXiv 2505.05470).
+Flow-GRPO (Liu et al., arXiv 2505.05470); through the tokens of a text: GRPO (Shao et al., arXiv 2402.03300).
 
 Sampling is a chain of Gaussian steps, and each is an action a = x_{t-1} in the state s = (prompt, t, x_t), with the
 reward of the picture. With the ratio r = p(x_{t-1} | x_t) / p_old(x_{t-1} | x_t) and the advantage A of the picture
@@ -11,12 +11,16 @@ within its prompt,
 log p is the mean over the latent dimensions, as in both authors' code: the clip range of 1e-4 depends on that.
 Guidance is part of the policy: the steps are retraced with that of sampling, with gradients through both predictions.
 
+A text is a chain of tokens, and each is an action in the state of all before it. log p is that of the token itself,
+all tokens of a text have its advantage, and its loss is the mean over them. All of them are one row of training.
+
 Departures from the papers:
 - the mean and deviation of a prompt's rewards are those of its K samples in the round, not a running record of DDPO;
 - the Kullback-Leibler penalty is estimated from log-densities (Schulman's k3, times the dimensions D, so that it is on
   the scale of a mean over them); Flow-GRPO has the difference of the two means, which is that same quantity for small
   changes;
-- a step without noise, such as DDIM's last to alpha_bar = 1, has no density and is not trained on.
+- a step without noise, such as DDIM's last to alpha_bar = 1, has no density and is not trained on;
+- ratios of tokens are those of the whole distribution at the temperature of sampling, also where top-p has cut it.
 """
 
 from __future__ import annotations
@@ -32,27 +36,30 @@ import torch
 
 from ..config import RunConfig
 from ..errors import ConfigError, TrainingError
-from ..losses import clipped_ratio, kl_estimate
+from ..losses import clipped_ratio, kl_estimate, masked_mean
 from ..protocols import Algorithm, GivesLogProb
 from ..registry import nearest
 from ..selection import Deviation, group_relative
-from ..types import Batch, Example, Group, Phase, Sample, Trajectory
+from ..types import Batch, Example, Group, Phase, Sample
 
 logger = logging.getLogger(__name__)
 
 Form = Literal["clipped", "score"]
 
+STEP_CLIP, TOKEN_CLIP = 1e-4, 0.2
+
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyGradient(Algorithm):
-    """DDPO and Flow-GRPO: make the denoising steps that led to better pictures more likely, the others less."""
+    """DDPO, Flow-GRPO and GRPO: make the denoising steps or tokens of better samples more likely, the others less."""
 
     noise_level: float = 1.0
-    """Of the steps: DDIM's eta; for flow-matching models set .7, the a of Flow-GRPO."""
+    """Of the denoising steps: DDIM's eta; for flow-matching models set .7, the a of Flow-GRPO."""
     form: Form = "clipped"
     """`clipped`: importance sampling, several updates a round; `score`: one update a round."""
-    clip: float = 1e-4
-    """How far a ratio may leave 1 before its gradient stops; on log-densities that are means over dimensions."""
+    clip: float | None = None
+    """How far a ratio may leave 1 before its gradient stops. If absent, 1e-4 for denoising steps, whose log-densities
+    are means over dimensions, and .2 for tokens."""
     std: Deviation = "group"
     """What advantages are divided by: the deviation of the prompt's rewards (`group`) or of the round's (`batch`)."""
     std_floor: float = 1e-4
@@ -62,7 +69,7 @@ class PolicyGradient(Algorithm):
     kl_beta: float = 0.0
     """Weight of the penalty for leaving the base model; 0 for none, which also saves its pass."""
     steps_per_sample: int | None = None
-    """Steps of each trajectory to train on, drawn anew for each sample; all if absent."""
+    """Denoising steps of each trajectory to train on, drawn anew for each sample; all if absent."""
 
     needs = ("log_prob", "log_prob_rounding")
 
@@ -73,7 +80,7 @@ class PolicyGradient(Algorithm):
                 raise ConfigError(f"{name} is {value!r}{nearest(str(value), known)} (there are {', '.join(known)})")
         for name in ("noise_level", "clip", "max_advantage"):
             value = getattr(self, name)
-            if not (math.isfinite(value) and value > 0):
+            if value is not None and not (math.isfinite(value) and value > 0):
                 raise ConfigError(f"{name} is {value}; it must be positive")
         for name in ("std_floor", "kl_beta"):
             value = getattr(self, name)
@@ -88,16 +95,11 @@ class PolicyGradient(Algorithm):
         refused = {
             "sampling.samples_per_prompt must be at least 2, to compare": config.sampling.samples_per_prompt < 2,
             f"steps_per_sample must be at most the {steps} steps of sampling": (self.steps_per_sample or 0) > steps,
-            "training.ema_decay must be 0: the average would sample": config.training.ema_decay > 0,
-            "adapter.dropout must be 0: it would change the ratios": config.adapter.dropout > 0,
-            "algorithm.teacher must be left out: another model's samples have other ratios": config.algorithm.teacher,
-            "algorithm.replay must be 0: older samples are of an older policy": config.algorithm.replay > 0,
-            "data must be left out: your own pictures have no trajectory": config.data,
             "training.steps must be 1 with form: score, which is right for one update alone; set "
             "training.batch_size to the round's samples times steps": self.form == "score"
             and config.training.steps != 1,
         }
-        if reasons := [reason for reason, applies in refused.items() if applies]:
+        if reasons := [reason for reason, applies in refused.items() if applies] + off_policy(config):
             raise ConfigError(f"policy gradients: {'; '.join(reasons)}")
 
     def select(self, groups: Sequence[Group], *, round: int, seed: int, phase: Phase) -> list[Example]:
@@ -114,44 +116,58 @@ class PolicyGradient(Algorithm):
             for step in self._steps(sample, round, seed)
         ]
 
-    def _steps(self, sample: Sample, round: int, seed: int) -> list[int]:
-        steps = _trajectory(sample).log_prob_T.isfinite().nonzero().flatten().tolist()
+    def _steps(self, sample: Sample, round: int, seed: int) -> list[int | None]:
+        steps = sample.steps
         if self.steps_per_sample is None or self.steps_per_sample >= len(steps):
             return steps
         rng = np.random.default_rng([seed, round, sample.seed])
-        return sorted(rng.choice(steps, self.steps_per_sample, replace=False).tolist())
+        return [steps[i] for i in sorted(rng.choice(len(steps), self.steps_per_sample, replace=False))]
 
     def loss(self, policy: GivesLogProb, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The loss of each step, and how far its ratio has moved.
+        """The loss of each step or completion, and how far its ratios have moved.
 
         Raises:
-            TrainingError: before the first update the ratio is not 1, so these are not the steps that were sampled.
+            TrainingError: before the first update a ratio is not 1, so these are not the steps that were sampled.
         """
-        log_prob_B = policy.log_prob(batch.samples, batch.steps)
-        walks = [_trajectory(sample) for sample in batch.samples]
-        old_B = torch.stack([walk.log_prob_T[step] for walk, step in zip(walks, batch.steps, strict=True)])
-        loss_B, metrics = clipped_ratio(log_prob_B, old_B.to(log_prob_B.device), batch.weight_B, clip=self.clip)
+        log_prob_BT = policy.log_prob(batch.samples, batch.steps)
+        old_BT, mask_BT = batch.sampled_log_prob()
         if batch.updates == 0:
-            _check_ratio(metrics["ratio"], policy.log_prob_rounding)
-        metrics["ratio_change"] = (metrics["ratio"] - 1).abs()
+            check_ratio(log_prob_BT, old_BT, policy.log_prob_rounding)
+        loss_B, metrics = clipped_ratio(log_prob_BT, old_BT, batch.weight_B[:, None], mask_BT, clip=self._clip(batch))
         if self.form == "score":
-            loss_B = -batch.weight_B * log_prob_B
+            loss_B = -batch.weight_B * masked_mean(log_prob_BT, mask_BT)
         if self.kl_beta:
             with torch.no_grad(), policy.reference():
-                reference_B = policy.log_prob(batch.samples, batch.steps)
-            kl_B = walks[0].states[0].numel() * kl_estimate(log_prob_B, reference_B)
+                reference_BT = policy.log_prob(batch.samples, batch.steps)
+            kl_B = _dimensions(batch.samples[0]) * masked_mean(kl_estimate(log_prob_BT, reference_BT), mask_BT)
             loss_B = loss_B + self.kl_beta * kl_B
             metrics["kl"] = kl_B.detach()
         return loss_B, metrics
 
-
-def _trajectory(sample: Sample) -> Trajectory:
-    assert sample.trajectory is not None  # sampled with a noise level
-    return sample.trajectory
+    def _clip(self, batch: Batch) -> float:
+        return self.clip or (TOKEN_CLIP if batch.steps[0] is None else STEP_CLIP)
 
 
-def _check_ratio(ratio_B: torch.Tensor, tolerance: float) -> None:
-    off = float((ratio_B - 1).abs().max())
+def _dimensions(sample: Sample) -> int:
+    """How many a log-density is the mean over."""
+    return sample.trajectory.states[0].numel() if sample.trajectory else 1
+
+
+def off_policy(config: RunConfig) -> list[str]:
+    """Which settings of a run would train a policy that is not the one that sampled, and what to do about them."""
+    refused = {
+        "training.ema_decay must be 0: the average would sample": config.training.ema_decay > 0,
+        "adapter.dropout must be 0: it would change the ratios": config.adapter.dropout > 0,
+        "algorithm.teacher must be left out: another model's samples have other ratios": config.algorithm.teacher,
+        "algorithm.replay must be 0: older samples are of an older policy": config.algorithm.replay > 0,
+        "data must be left out: the policy did not sample your own": config.data,
+    }
+    return [reason for reason, applies in refused.items() if applies]
+
+
+def check_ratio(log_prob_BT: torch.Tensor, old_log_prob_BT: torch.Tensor, tolerance: float) -> None:
+    """Raise TrainingError where the ratio of a step or token is off 1 by more than rounding explains."""
+    off = float(((log_prob_BT.detach() - old_log_prob_BT).exp() - 1).abs().max())
     if not off <= tolerance:
         raise TrainingError(
             f"before the first update a ratio of densities is off 1 by {off:.1e}, where rounding explains at most "

@@ -5,7 +5,7 @@ Departures from the paper:
   of the KL-regularised ranking is estimated by the difference of denoising errors between reference and current
   model on shared noise and timesteps (a difference of evidence lower bounds, not of likelihoods);
 - `hybrid` is the selection of the authors' diffusion notebook, which the paper does not describe;
-- `random`, the control, and the filters `min_reward` and `min_margin` are ours.
+- `pareto`, of several rewards, `random`, the control, and the filters `min_reward` and `min_margin` are ours.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 
@@ -22,13 +22,22 @@ from ..config import RunConfig
 from ..errors import ConfigError
 from ..losses import weighted_error
 from ..protocols import Algorithm, Policy
-from ..registry import nearest
-from ..selection import best_of_group, best_overall, by_reward, hybrid, kl_regularized, random_of_group
+from ..registry import check_choice
+from ..selection import (
+    best_of_group,
+    best_overall,
+    by_reward,
+    hybrid,
+    kl_regularized,
+    pareto_front,
+    random_of_group,
+    ranking,
+)
 from ..types import Batch, Example, Group, Phase, Scored
 
 logger = logging.getLogger(__name__)
 
-Selection = Literal["local", "global", "hybrid", "random"]
+Selection = Literal["local", "global", "hybrid", "pareto", "random"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +50,8 @@ class Raft(Algorithm):
 
     selection: Selection = "local"
     """`local`: the best of each prompt; `global`: the best of the round; `hybrid`: the best of each prompt, then the
-    best `hybrid_keep` of those; `random`: of each prompt by chance, the control."""
+    best `hybrid_keep` of those; `pareto`: of each prompt all that no other one dominates in the rewards that have a
+    weight; `random`: of each prompt by chance, the control."""
     keep: int = 1
     """Samples to keep for each prompt; `global` keeps as many, but wherever they are best."""
     hybrid_keep: int | None = None
@@ -54,10 +64,7 @@ class Raft(Algorithm):
     """Do not train on a prompt whose best reward is above its mean reward by less: nothing to learn there."""
 
     def __post_init__(self) -> None:
-        known = get_args(Selection)
-        if self.selection not in known:
-            message = f"selection is {self.selection!r}{nearest(str(self.selection), known)}"
-            raise ConfigError(f"{message} (there are {', '.join(known)})")
+        check_choice("selection", self.selection, Selection)
         if self.keep < 1:
             raise ConfigError(f"keep is {self.keep}; at least 1 sample a prompt must be kept")
         if (self.selection == "hybrid") != (self.hybrid_keep is not None):
@@ -70,6 +77,8 @@ class Raft(Algorithm):
                 f"hybrid_keep is {self.hybrid_keep} and keep {self.keep}; hybrid keeps 1 sample of a prompt, "
                 "then at least 1 of the round"
             )
+        if self.selection == "pareto" and (self.keep != 1 or self.kl_beta):
+            raise ConfigError("selection: pareto keeps whole fronts, however many they are: leave out keep and kl_beta")
         if not (math.isfinite(self.kl_beta) and self.kl_beta >= 0):
             raise ConfigError(f"kl_beta is {self.kl_beta}; it must be 0 (off) or positive")
         if self.min_reward is not None and not math.isfinite(self.min_reward):
@@ -91,7 +100,11 @@ class Raft(Algorithm):
                 f"keep is {self.keep} of K = {samples_per_prompt} samples a prompt; "
                 "lower keep or raise sampling.samples_per_prompt"
             )
-        if self.selection in ("local", "hybrid") and samples_per_prompt == self.keep:
+        if self.selection == "pareto" and len(config.trained_rewards) < 2:
+            raise ConfigError(
+                "selection: pareto compares rewards with each other; give at least two a weight, or local"
+            )
+        if self.selection in ("local", "hybrid", "pareto") and samples_per_prompt == self.keep:
             raise ConfigError(
                 f"K = {samples_per_prompt} with keep = {self.keep} leaves nothing to select of a prompt; "
                 f"set sampling.samples_per_prompt >= {self.keep + 1} or selection: random"
@@ -118,6 +131,8 @@ class Raft(Algorithm):
         key = kl_regularized(self.kl_beta) if self.needs_log_ratio else by_reward
         if self.selection == "random":
             return random_of_group(groups, self.keep, round=round, seed=seed)
+        if self.selection == "pareto":
+            return pareto_front(groups)
         if self.selection == "global":
             return best_overall(groups, len(groups) * self.keep, key=key)
         if self.hybrid_keep is not None:
@@ -127,7 +142,7 @@ class Raft(Algorithm):
     def _has_margin(self, group: Group) -> bool:
         if self.min_margin is None:
             return True
-        rewards = [by_reward(scored) for scored in best_of_group([group], keep=len(group.samples))]
+        rewards = [by_reward(scored) for scored in ranking(group)]
         return not rewards or rewards[0] - math.fsum(rewards) / len(rewards) >= self.min_margin
 
     def loss(self, policy: Policy, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

@@ -34,7 +34,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 import torch
@@ -43,7 +43,7 @@ from ..config import RunConfig
 from ..errors import ConfigError
 from ..losses import weighted_error
 from ..protocols import Algorithm, Policy
-from ..registry import nearest
+from ..registry import check_choice
 from ..selection import above_global, above_interpolation, above_percentile, advantages, vmpo_weights
 from ..types import Batch, Example, Group, Phase, RoundReport, Scored
 
@@ -79,10 +79,8 @@ class Rest(Algorithm):
     scores_data = True
 
     def __post_init__(self) -> None:
-        for name, kinds in (("rule", Rule), ("loss_type", RestLoss)):
-            value, known = getattr(self, name), get_args(kinds)
-            if value not in known:
-                raise ConfigError(f"{name} is {value!r}{nearest(str(value), known)} (there are {', '.join(known)})")
+        check_choice("rule", self.rule, Rule)
+        check_choice("loss_type", self.loss_type, RestLoss)
         self._check_thresholds()
         for name, most in (("learning_rate_decay", 1.0), ("epsilon", math.inf), ("advantage_clip", math.inf)):
             value = getattr(self, name)

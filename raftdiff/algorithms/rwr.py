@@ -25,7 +25,7 @@ from ..config import RunConfig
 from ..errors import ConfigError
 from ..losses import weighted_error
 from ..protocols import Algorithm, Policy
-from ..selection import best_of_group, by_reward, softmax_weights
+from ..selection import by_reward, ranking, softmax_weights
 from ..types import Batch, Example, Group, Phase
 
 
@@ -54,11 +54,11 @@ class Rwr(Algorithm):
         return [example for group in groups for example in self._weighted(group) if example.weight >= self.min_weight]
 
     def _weighted(self, group: Group) -> list[Example]:
-        ranking = best_of_group([group], keep=len(group.samples))
-        if not ranking:
+        ranked = ranking(group)
+        if not ranked:
             return []
-        weights = softmax_weights([by_reward(scored) for scored in ranking], self.beta)
-        return [Example(sample=s.sample, weight=weight) for s, weight in zip(ranking, weights, strict=True)]
+        weights = softmax_weights([by_reward(scored) for scored in ranked], self.beta)
+        return [Example(sample=s.sample, weight=weight) for s, weight in zip(ranked, weights, strict=True)]
 
     def loss(self, policy: Policy, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The weight times the policy's error."""

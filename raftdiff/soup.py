@@ -189,7 +189,9 @@ def _load(pipeline: Any, config: RunConfig, adapter: str) -> str:
 def table(soup: Soup) -> Table:
     """Each mixture's gains over the base; a star where it is on the front of the trained rewards."""
     names = _metrics(soup)
-    shown = Table("mixture", "front", *names, box=None, pad_edge=False, header_style="bold")
+    shown = Table(box=None, pad_edge=False, header_style="bold")
+    for title in ("mixture", "front", *names):
+        shown.add_column(title, overflow="fold")
     for mixture in soup.mixtures:
         gains = ["\n".join(format_interval(mixture.evaluation.gains[name])) for name in names]
         shown.add_row(mixture.name, "*" if soup.on_front(mixture) else "", *gains)

@@ -14,7 +14,15 @@ from pathlib import Path
 from benchmarks.common import arguments, console
 
 # Those that share runs stand in one line, so that no two processes make the same run.
-LINES = (("r5",), ("r1", "r3"), ("s1", "s2", "s6", "s4", "s5"), ("d4", "d5", "d6"), ("r6",), ("r4", "d1", "d2"))
+LINES = (
+    ("r5",),
+    ("r1", "r3"),
+    ("s1", "s2", "s6", "s4", "s5"),
+    ("d4", "d5", "d6"),
+    ("r6",),
+    ("r4", "d1", "d2"),
+    ("r2", "r3t", "ppo"),
+)
 
 
 def claim(name: str, output: str) -> tuple[str, str]:

@@ -215,7 +215,7 @@ def _held_out_curves(run: RunFolder, *, alone: bool) -> list[tuple[str, Curve]]:
         for name in evaluations[0][1].metrics:
             points = [(round, e.metrics[name]) for round, e in evaluations if name in e.metrics]
             curve = Curve(
-                label=guidance_label(scale) if alone else run.name,
+                label=guidance_label(scale, evaluations[0][1].modality) if alone else run.name,
                 at=[round for round, _ in points],
                 values=[interval.mean for _, interval in points],
                 lows=[interval.low for _, interval in points],

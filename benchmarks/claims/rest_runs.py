@@ -9,15 +9,21 @@ from benchmarks.common import configured, run
 from raftdiff.rounds import Result
 
 METRICS = ("reward", "shapes-oracle", "shapes-rating", "diversity")
-THRESHOLDS = (0.0, 0.5, 0.75, 0.875)
 
 
 def rest(
-    output: str, name: str, *, grows: int, thresholds: tuple[float, ...], loss_type: str = "bc", **changes: Any
+    output: str,
+    name: str,
+    *,
+    grows: int,
+    thresholds: tuple[float, ...],
+    rule: str = "percentile",
+    loss_type: str = "bc",
+    **changes: Any,
 ) -> Result:
-    """ReST with so many Grows of one Improve for each threshold: a per-prompt percentile, of which 0 keeps all."""
+    """ReST with so many Grows of one Improve for each threshold."""
     options: Mapping[str, Any] = {
-        "rule": "percentile",
+        "rule": rule,
         "thresholds": list(thresholds),
         "loss_type": loss_type,
         "gate": False,
@@ -34,8 +40,8 @@ def rest(
 
 
 def one_grow_no_filter(output: str) -> Result:
-    """G1 I0: trained on all that was grown."""
-    return rest(output, "g1i0", grows=1, thresholds=(0.0,))
+    """G1 I0: trained on all that was grown. A percentile of 0 would leave out the worst of each prompt."""
+    return rest(output, "g1i0", grows=1, thresholds=(0.0,), rule="global")
 
 
 def one_grow(output: str) -> Result:

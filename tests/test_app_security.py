@@ -103,9 +103,9 @@ def test_host_and_origin_must_both_be_the_apps_own(app, host, origin):
         ("POST", "/gradio_api/call/pair", b'{"data": []}'),
     ):
         headers = {"Host": host_value, "Origin": origin_value, "Content-Type": "application/json"}
-        status, _, answer = request(app, method, path, headers, body)
+        # uvicorn itself answers a request without a Host, and may close the connection on a body that it did not read
+        status, _, answer = request(app, method, path, headers, body if host_value else None)
         expected = 200 if host_passes and origin_passes else 421 if not host_passes else 403
-        # uvicorn itself answers a request without a Host
         assert status == expected or (host_value is None and status in (400, 421)), (method, path, status, answer[:80])
     assert len(origins(app)) * len(hosts(app)) == 56
 

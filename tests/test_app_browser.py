@@ -227,7 +227,7 @@ def test_best_of_n_says_so(app, visit):
     page.click("#rd-more button")
     set_number(page, "#rd-best-of", "3")
     draw(page, seeds="0")
-    assert page.locator("#rd-board .badge").all_inner_texts() == ["best of 3"] * 3
+    expect(page.locator("#rd-board .badge")).to_have_text(["best of 3"] * 3)
 
 
 def test_errors_are_words(app, visit):

@@ -23,8 +23,8 @@ from PIL import Image
 from raftdiff.batches import Batches
 from raftdiff.config import ModelConfig
 from raftdiff.errors import ConfigError, WeightsError
-from raftdiff.pipelines.diffusion import BLACK
-from raftdiff.pipelines.loading import configure, load_pipeline, size_multiple
+from raftdiff.pipelines.diffusion import flaw_of
+from raftdiff.pipelines.loading import configure, denoiser_of, load_pipeline, size_multiple
 from raftdiff.pipelines.lora import adapters_on, base_differs, fingerprint
 from raftdiff.pipelines.replay import GuidanceArgument
 from raftdiff.protocols import Reward
@@ -114,7 +114,7 @@ class Models:
         self.model = model
         self.pipeline = load_pipeline(model, device) if pipeline is None else pipeline
         configure(self.pipeline, model)
-        self.denoiser = getattr(self.pipeline, "unet", None) or self.pipeline.transformer
+        self.denoiser = denoiser_of(self.pipeline)
         for component in self.pipeline.components.values():
             if isinstance(component, torch.nn.Module):
                 component.requires_grad_(False).eval()
@@ -217,7 +217,7 @@ class Models:
             )
         unsafe = getattr(output, "nsfw_content_detected", None) or [False] * len(seeds)
         rows = zip(seeds, output.images, unsafe, strict=True)
-        return [_sample(prompt, seed, image, blacked_out=bool(flag)) for seed, image, flag in rows]
+        return [_sample(prompt, seed, image, unsafe=bool(flag)) for seed, image, flag in rows]
 
     def _scored(self, samples: Sequence[Sample]) -> list[Drawn]:
         values = {reward.name: score_parts(samples, reward, max_failed=1.0).tolist() for reward in self.rewards}
@@ -352,11 +352,9 @@ def _bytes(drawn: Drawn) -> int:
     return drawn.sample.image.numel()
 
 
-def _sample(prompt: str, seed: int, image: Image.Image, *, blacked_out: bool) -> Sample:
+def _sample(prompt: str, seed: int, image: Image.Image, *, unsafe: bool) -> Sample:
     pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
-    flaw = "black image" if int(pixels.max()) <= BLACK else None
-    if blacked_out:
-        flaw = "picture blacked out by the safety checker"
+    flaw = flaw_of(pixels, unsafe=unsafe)
     return Sample(id=f"{seed:016x}", prompt=Prompt(text=prompt), seed=seed, image=pixels, flaw=flaw)
 
 

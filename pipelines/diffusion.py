@@ -31,7 +31,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
 from raftdiff.batches import Batches
-from raftdiff.config import AdapterConfig, Dtype, ModelConfig, RunConfig, Timesteps
+from raftdiff.config import AdapterConfig, Dtype, RunConfig, Timesteps
 from raftdiff.data import load_pictures, load_preferences
 from raftdiff.errors import ConfigError, DataError
 from raftdiff.sharding import is_split
@@ -144,10 +144,7 @@ class DiffusionPolicy:
         self._attach()
         self.denoiser.eval()
 
-    @staticmethod
-    def load(model: ModelConfig, device: str = "cpu") -> Any:
-        """As `load_pipeline`."""
-        return load_pipeline(model, device)
+    load = staticmethod(load_pipeline)
 
     @classmethod
     def from_config(cls, config: RunConfig, pipeline: Any, *, needs: Sequence[str] = ()) -> DiffusionPolicy:

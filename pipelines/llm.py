@@ -162,10 +162,7 @@ class LanguagePolicy:
             if isinstance(module, GradientCheckpointingLayer) or name.split(".")[-2:-1] == ["lora_dropout"]
         ]
 
-    @staticmethod
-    def load(model: ModelConfig, device: str = "cpu") -> LanguageModel:
-        """As `load_language_model`."""
-        return load_language_model(model, device)
+    load = staticmethod(load_language_model)
 
     @classmethod
     def from_config(cls, config: RunConfig, language_model: LanguageModel, *, needs: Sequence[str] = ()) -> Any:

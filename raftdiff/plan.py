@@ -34,7 +34,7 @@ from .interrupts import StopRequest
 from .prompts import round_prompts
 from .protocols import Algorithm
 from .report import duration
-from .rounds import Run
+from .rounds import Run, mixed_in_counts
 from .sampling import Job
 from .scoring import WeightedReward
 from .store import SampleStore
@@ -335,8 +335,7 @@ def _training(config: RunConfig, algorithm: Algorithm, sizes: Sizes, examples: S
 def _mixed_in(config: RunConfig, algorithm: Algorithm, sizes: Sizes, own: int, replayable: int) -> int:
     """Examples from earlier rounds and of the user's own data, each in its share of the whole, beside `own`."""
     data = config.data.share if config.data and not algorithm.scores_data else 0.0
-    shares = [share for pool, share in ((replayable, config.algorithm.replay), (sizes.data, data)) if pool]
-    return sum(int(own * share / (1 - sum(shares)) + 0.5) for share in shares)
+    return sum(mixed_in_counts(own, [(replayable, config.algorithm.replay), (sizes.data, data)]))
 
 
 def _evaluations(config: RunConfig, sizes: Sizes) -> list[Work]:

@@ -394,12 +394,11 @@ class _Stages:
             (self._selected_before(round), self.config.algorithm.replay),
             (data, self.config.data.share if self.config.data else 0.0),
         ]
-        own_share = 1 - sum(share for pool, share in sources if pool)
+        counts = mixed_in_counts(own, [(len(pool), share) for pool, share in sources])
         mixed: list[Example] = []
-        for i, (pool, share) in enumerate(sources):
-            if pool and share:
+        for i, ((pool, _), wanted) in enumerate(zip(sources, counts, strict=True)):
+            if wanted:
                 rng = np.random.default_rng([self.config.seed, round, i])
-                wanted = int(own * share / own_share + 0.5)
                 drawn = rng.choice(len(pool), size=wanted, replace=wanted > len(pool))
                 mixed += [pool[j] for j in drawn]
         return mixed
@@ -664,6 +663,13 @@ def rewrite_report(run: Run) -> Path:
     """Make the report.html of a run folder again."""
     with stop_requests() as stop:
         return _Stages(run, stop).report(read_metrics(run.config.folder / "metrics.jsonl"))
+
+
+def mixed_in_counts(own: int, pools: Sequence[tuple[int, float]]) -> list[int]:
+    """How many examples of pools, each with its size and its share of the whole, come beside `own` of the round; an
+    empty pool leaves its share to the others."""
+    room = 1 - sum(share for size, share in pools if size)
+    return [int(own * share / room + 0.5) if size else 0 for size, share in pools]
 
 
 def training_passes(reports: Sequence[RoundReport]) -> int:

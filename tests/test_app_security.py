@@ -233,8 +233,8 @@ def test_what_is_not_public_cannot_be_called(app, path):
 def test_other_methods_are_refused(app):
     for method in ("PUT", "DELETE", "PATCH", "OPTIONS", "TRACE"):
         assert request(app, method, "/")[0] in (404, 405)
-    assert is_open("GET", "/gradio_api/file=/tmp/served/x.png", "/tmp/served")
-    assert not is_open("GET", "/gradio_api/file=/tmp/served-not/x.png", "/tmp/served")
+    assert is_open("GET", "/gradio_api/file=/srv/own/x.png", "/srv/own")
+    assert not is_open("GET", "/gradio_api/file=/srv/own-not/x.png", "/srv/own")
 
 
 def test_clients_see_five_endpoints(client):

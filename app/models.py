@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,16 +15,14 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers.utils import set_adapter_layers, set_weights_and_activate_adapters
-from peft import PeftConfig, inject_adapter_in_model
-from peft.utils import load_peft_weights, set_peft_model_state_dict
 from PIL import Image
 
 from raftdiff.batches import Batches
 from raftdiff.config import ModelConfig
 from raftdiff.errors import ConfigError, WeightsError
 from raftdiff.pipelines.diffusion import flaw_of
-from raftdiff.pipelines.loading import configure, denoiser_of, load_pipeline, size_multiple
-from raftdiff.pipelines.lora import adapters_on, base_differs, fingerprint
+from raftdiff.pipelines.loading import attach_lora, configure, denoiser_of, load_pipeline, size_multiple
+from raftdiff.pipelines.lora import base_differs, fingerprint, weight_files
 from raftdiff.pipelines.replay import GuidanceArgument
 from raftdiff.protocols import Reward
 from raftdiff.scoring import score_parts
@@ -145,17 +142,20 @@ class Models:
         digest = hashlib.sha256(self.fingerprint.encode())
         for name, weight in contender.weights:
             digest.update(f"{weight:g}".encode())
-            for file in _weight_files(self.loras[name].path):
+            for file in weight_files(self.loras[name].path):
                 digest.update(file.read_bytes())
         return f"{contender.name}@{digest.hexdigest()[:8]}"
 
     def differing(self) -> list[str]:
-        """LoRAs that say they were trained from other weights than these."""
-        return [
-            f"{lora.name} was trained from other weights than this base"
-            for lora in self.loras.values()
-            if lora.path.exists() and base_differs(self.denoiser, lora.path)
-        ]
+        """A line on each LoRA that says it was trained from other weights than these, or cannot be read."""
+        lines = []
+        for lora in self.loras.values():
+            try:
+                if base_differs(self.denoiser, lora.path):
+                    lines.append(f"{lora.name} was trained from other weights than this base")
+            except WeightsError as error:
+                lines.append(str(error))
+        return lines
 
     # -- drawing --------------------------------------------------------------------------------------------------
 
@@ -173,7 +173,7 @@ class Models:
         holds the turn of the device.
 
         Raises:
-            Cancelled: `cancel` was set.
+            Cancelled: `cancel` was set, or the app ends.
             ConfigError: a size or guidance scale that this pipeline does not take.
             WeightsError: a LoRA that cannot be loaded.
         """
@@ -182,7 +182,7 @@ class Models:
         if missing:
             arguments = self._arguments(drawing)
             with self._wearing(contender):
-                steps = _Steps(progress, cancel, pictures=len(missing))
+                steps = _Steps(progress, [self.turns.closed, *([cancel] if cancel else [])], pictures=len(missing))
                 samples = self._batches.run(
                     len(missing), lambda rows: self._batch(prompt, missing[rows], arguments, steps)
                 )
@@ -256,41 +256,17 @@ class Models:
         """The adapter of a LoRA on the pipeline, which is loaded now if it was not before."""
         if name not in self._adapters:
             adapter = f"lora_{len(self._adapters)}"
-            self._load(self.loras[name].path, adapter)
+            attach_lora(self.pipeline, self.loras[name].path, adapter)
+            self.denoiser.requires_grad_(False).eval()
             self._adapters[name] = adapter
         return self._adapters[name]
-
-    def _load(self, path: Path, adapter: str) -> None:
-        files = _weight_files(path)
-        if not files:
-            raise WeightsError(f"{path}: there is no LoRA in safetensors; a finished run has one in its folder `lora`")
-        try:
-            with warnings.catch_warnings(action="ignore"):  # peft warns of every second adapter
-                self._attach(path, files[0], adapter)
-        except Exception as error:  # diffusers, peft and safetensors each raise their own
-            raise WeightsError(
-                f"{path} does not fit {type(self.pipeline).__name__}: {' '.join(str(error).split())[:300]}; "
-                "use the base that it was trained from"
-            ) from error
-        if adapter not in adapters_on(self.denoiser):
-            raise WeightsError(f"{path} holds no LoRA for the {type(self.denoiser).__name__} of this pipeline")
-        self.denoiser.requires_grad_(False).eval()
-
-    def _attach(self, path: Path, file: Path, adapter: str) -> None:
-        if hasattr(self.pipeline, "load_lora_weights"):
-            self.pipeline.load_lora_weights(
-                str(file.parent), weight_name=file.name, adapter_name=adapter, use_safetensors=True
-            )
-        else:
-            inject_adapter_in_model(PeftConfig.from_pretrained(str(path)), self.denoiser, adapter)
-            set_peft_model_state_dict(self.denoiser, load_peft_weights(str(path), "cpu"), adapter)
 
 
 class _Steps:
     """Stands in for the pipeline's progress bar: every denoising step is told, and is a place to stop at."""
 
-    def __init__(self, progress: Progress, cancel: Event | None, *, pictures: int):
-        self._progress, self._cancel, self._pictures = progress, cancel, pictures
+    def __init__(self, progress: Progress, stops: Sequence[Event], *, pictures: int):
+        self._progress, self._stops, self._pictures = progress, stops, pictures
         self._before, self._rows, self._done, self._total = 0, 0, 0, 1
 
     @contextmanager
@@ -311,7 +287,7 @@ class _Steps:
         return self
 
     def update(self, n: int = 1) -> None:
-        if self._cancel is not None and self._cancel.is_set():
+        if any(stop.is_set() for stop in self._stops):
             raise Cancelled("cancelled")
         self._done += n
         self._progress(self._before * self._total + self._done * self._rows, self._pictures * self._total)
@@ -356,9 +332,3 @@ def _sample(prompt: str, seed: int, image: Image.Image, *, unsafe: bool) -> Samp
     pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
     flaw = flaw_of(pixels, unsafe=unsafe)
     return Sample(id=f"{seed:016x}", prompt=Prompt(text=prompt), seed=seed, image=pixels, flaw=flaw)
-
-
-def _weight_files(path: Path) -> list[Path]:
-    if path.suffix == ".safetensors":
-        return [path] if path.is_file() else []
-    return sorted(path.glob("*.safetensors"))

@@ -111,6 +111,7 @@ def start(config: AppConfig, stack: ExitStack, *, say: Callable[[str], None] = p
     except OSError as error:
         raise StorageError(f"port {port} of {config.host} cannot be opened ({error}); give another --port") from error
     stack.callback(page.close, verbose=False)
+    stack.callback(models.turns.close)
     return page, f"http://{'localhost' if config.host in ('0.0.0.0', '::') else config.host}:{port}/"
 
 

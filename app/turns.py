@@ -29,6 +29,8 @@ class Turns:
 
     def __init__(self, most: int = 8):
         self.most = most
+        self.closed = Event()
+        """Set when the app ends: what draws must stop too."""
         self._line: deque[object] = deque()
         self._changed = Condition()
 
@@ -47,17 +49,19 @@ class Turns:
 
         Raises:
             Busy: the line is full.
-            Cancelled: `cancel` was set while waiting.
+            Cancelled: `cancel` was set while waiting, or the app ends.
         """
         ticket = object()
         with self._changed:
+            if self.closed.is_set():
+                raise Cancelled("the app ends")
             if len(self._line) > self.most:
                 raise Busy(f"{self.waiting} drawings wait already, and the line is full; try again in a minute")
             self._line.append(ticket)
         try:
             told = 0
             while ahead := self._ahead(ticket, told):
-                if cancel is not None and cancel.is_set():
+                if self.closed.is_set() or (cancel is not None and cancel.is_set()):
                     raise Cancelled("cancelled while waiting")
                 if ahead != told:
                     on_wait(ahead)
@@ -67,6 +71,13 @@ class Turns:
             with self._changed:
                 self._line.remove(ticket)
                 self._changed.notify_all()
+
+    def close(self, most_s: float = 60.0) -> None:
+        """Stop what waits and what draws, and wait until the device is free: a process that ends while a thread
+        computes is aborted by torch."""
+        self.closed.set()
+        with self._changed:
+            self._changed.wait_for(lambda: not self._line, most_s)
 
     def _ahead(self, ticket: object, told: int) -> int:
         """How many stand before the ticket; if that is what was told, after the next change or a moment."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import textwrap
 import types
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -76,6 +77,8 @@ def page() -> str:
         section = section_of(field.annotation)
         if section is not None:
             parts += _section(f"`{name}`", section, field.description)
+            for inner, within in _inner(section):
+                parts += _section(f"`{inner}`", within, f"Of `{name}`.")
     return "\n".join(parts) + "\n"
 
 
@@ -99,6 +102,15 @@ def _section(title: str, model: type[Settings], description: str | None = None) 
         meaning = " ".join((field.description or "").split()).replace("|", "\\|")
         lines.append(f"| `{name}` | {kind} | {_default(field)} | {meaning} |")
     return lines
+
+
+def _inner(model: type[Settings]) -> Iterator[tuple[str, type[Settings]]]:
+    """The sections within a section, but for those that have a place of their own."""
+    outer = {section_of(field.annotation) for field in RunConfig.model_fields.values()}
+    for name, field in model.model_fields.items():
+        section = section_of(field.annotation)
+        if section is not None and section not in outer:
+            yield name, section
 
 
 def _kind(annotation: Any, bounds: list[Any]) -> str:

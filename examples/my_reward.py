@@ -26,7 +26,6 @@ class ColorfulnessReward:
     """How colorful the picture is: 0 for gray, above 100 for extremely colorful."""
 
     modality: Modality = "image"
-    differentiable = False
 
     def __init__(self, *, scale: float = 1.0, name: str = "colorfulness") -> None:
         """`scale` multiplies the value; `name` is what reports call the reward."""

@@ -22,7 +22,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from peft import PeftConfig, inject_adapter_in_model
+from peft.utils import get_peft_model_state_dict, load_peft_weights
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
@@ -41,7 +44,7 @@ from raftdiff.shapes import WEIGHTS
 from raftdiff.types import Completion, Draw, Prompt, Sample, padded
 
 from .loading import DTYPES
-from .lora import Format, Lora, adapters_on, check_state, fingerprint
+from .lora import ADAPTER, PEFT_PREFIX, Format, Lora, adapters_on, check_state, fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -76,11 +79,15 @@ def load_language_model(model: ModelConfig, device: str = "cpu") -> LanguageMode
     """
     tokenizer = load_tokenizer(model)
     loaded, found = _loaded(
-        model, AutoModelForCausalLM, dtype=DTYPES[model.dtype], use_safetensors=True, output_loading_info=True
+        model,
+        AutoModelForCausalLM.from_pretrained,
+        dtype=DTYPES[model.dtype],
+        use_safetensors=True,
+        output_loading_info=True,
     )
     if found["missing_keys"]:
         raise WeightsError(
-            f"model.path {model.path!r}: {len(found['missing_keys'])} weights are missing, such as "
+            f"the language model {model.path!r}: {len(found['missing_keys'])} weights are missing, such as "
             f"{min(found['missing_keys'])}; download or save it again"
         )
     return LanguageModel(transformer=loaded.to(device if model.device == "auto" else model.device), tokenizer=tokenizer)
@@ -88,19 +95,103 @@ def load_language_model(model: ModelConfig, device: str = "cpu") -> LanguageMode
 
 def load_tokenizer(model: ModelConfig) -> Any:
     """The tokenizer of the model that `model` names. Raises WeightsError where it cannot be loaded."""
-    return _loaded(model, AutoTokenizer)
+    return _loaded(model, AutoTokenizer.from_pretrained)
 
 
-def _loaded(model: ModelConfig, kind: Any, **options: Any) -> Any:
+def check_language_model(config: RunConfig, prompts: Sequence[Prompt], lora: str | None = None) -> None:
+    """As far as it can be known without the weights: whether `config` names a causal language model which takes these
+    prompts, and which the LoRA in the folder `lora` fits.
+
+    Raises:
+        WeightsError, ConfigError: it does not.
+    """
+    tokenizer = load_tokenizer(config.model)
+    with torch.device("meta"):
+        empty = _loaded(
+            config.model,
+            lambda path, **hub: AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path, **hub)),
+        )
+    tokens = PromptTokens(
+        tokenizer,
+        context=_context(empty),
+        max_new_tokens=config.sampling.max_new_tokens,
+        chat=config.model.chat_template,
+    )
+    for prompt in prompts:
+        tokens(prompt)
+    if lora is not None:
+        _check_lora(empty, lora)
+
+
+def _check_lora(empty: Any, folder: str) -> None:
+    """Raise WeightsError unless the tensors of a LoRA in peft's format are those that this model, on the device `meta`,
+    would have."""
+    try:
+        inject_adapter_in_model(PeftConfig.from_pretrained(folder), empty, ADAPTER)
+        state = load_peft_weights(folder, "cpu")
+    except Exception as error:  # the hub, peft and safetensors each raise their own
+        raise WeightsError(
+            f"{folder} holds no LoRA in peft's format for {type(empty).__name__}: "
+            f"{' '.join(str(error).split())[:300]}; a finished run of a language model has one in its folder `lora`"
+        ) from error
+    own = get_peft_model_state_dict(empty, adapter_name=ADAPTER)
+    check_state(own, {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in state.items()})
+
+
+def _loaded(model: ModelConfig, load: Callable[..., Any], **options: Any) -> Any:
     path = str(WEIGHTS / "text") if model.path == "shapes" else model.path
     try:
-        return kind.from_pretrained(path, revision=model.revision, **options)
+        return load(path, revision=model.revision, **options)
     except Exception as error:  # the hub, safetensors and transformers each raise their own
         raise WeightsError(
-            f"model.path {model.path!r} cannot be loaded: {' '.join(str(error).split())[:300]}; give `shapes`, a "
-            "folder with a causal language model and its tokenizer as transformers saves them, or a hub id (a download "
-            "that broke off resumes when repeated)"
+            f"the language model {model.path!r} cannot be loaded: {' '.join(str(error).split())[:300]}; give `shapes`, "
+            "a folder with a causal language model and its tokenizer as transformers saves them, or a hub id (a "
+            "download that broke off resumes when repeated)"
         ) from error
+
+
+class PromptTokens:
+    """Prompts as a language model takes them: in the chat template of its tokenizer, where it has one, as tokens.
+
+    Args:
+        context: most tokens of a prompt with its completion; None where the model does not say.
+        max_new_tokens: of a completion.
+        chat: whether to use the chat template.
+    """
+
+    def __init__(self, tokenizer: Any, *, context: int | None, max_new_tokens: int, chat: bool):
+        self._tokenizer, self._context, self._max_new_tokens = tokenizer, context, max_new_tokens
+        self._chat = chat and bool(getattr(tokenizer, "chat_template", None))
+        self._known: dict[str, list[int]] = {}
+
+    def __call__(self, prompt: Prompt) -> list[int]:
+        """Raises ConfigError for a prompt without tokens, or one that leaves no room for its completion."""
+        if prompt.text not in self._known:
+            self._known[prompt.text] = self._encode(prompt.text)
+        return self._known[prompt.text]
+
+    def templated(self, text: str) -> str:
+        """The text in the chat template, as the turn of a user; as it is where there is none."""
+        if not self._chat:
+            return text
+        turns = [{"role": "user", "content": text}]
+        return self._tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+
+    def _encode(self, text: str) -> list[int]:
+        ids = self._tokenizer(self.templated(text), add_special_tokens=not self._chat).input_ids
+        self.check_length(text, len(ids), self._max_new_tokens, "lower max_new_tokens or shorten the prompt")
+        if not ids:
+            raise ConfigError(f"the prompt {text!r} has no tokens, and this tokenizer adds none; give another one")
+        return ids
+
+    def check_length(self, text: str, prompt: int, completion: int, remedy: str) -> None:
+        """Raise ConfigError unless so many tokens of a prompt and of its completion fit into the context."""
+        if self._context is not None and prompt + completion > self._context:
+            shown = text if len(text) <= 60 else f"{text[:60]}..."
+            raise ConfigError(
+                f"the prompt {shown!r} has {prompt} tokens, and with {completion} more it does not fit into the "
+                f"{self._context} of this model; {remedy}"
+            )
 
 
 class LanguagePolicy:
@@ -145,8 +236,9 @@ class LanguagePolicy:
         self.batch_size = batch_size
         self.precision = DTYPES[precision]
         self.passes = 0
-        self._chat = chat and bool(getattr(self.tokenizer, "chat_template", None))
-        self._prompts: dict[str, list[int]] = {}
+        self.prompt_tokens = PromptTokens(
+            self.tokenizer, context=_context(self.model), max_new_tokens=max_new_tokens, chat=chat
+        )
         self._ends = _end_tokens(self.model, self.tokenizer)
         self._pad = _pad_token(self.tokenizer, self._ends)
         self._fingerprint = fingerprint(self.model)
@@ -289,35 +381,9 @@ class LanguagePolicy:
     ) -> None:
         """Raise ConfigError for a prompt that leaves no room for its completion, or a teacher of other tokens."""
         for prompt in prompts:
-            self._prompt(prompt)
+            self.prompt_tokens(prompt)
         if teacher and teacher.tokenizer.get_vocab() != self.tokenizer.get_vocab():
             raise ConfigError("algorithm.teacher: its tokens are not those of model.path; give one of the same family")
-
-    def _prompt(self, prompt: Prompt) -> list[int]:
-        if prompt.text not in self._prompts:
-            self._prompts[prompt.text] = self._encode(prompt.text)
-        return self._prompts[prompt.text]
-
-    def _encode(self, text: str) -> list[int]:
-        if self._chat:
-            turns = [{"role": "user", "content": text}]
-            templated = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-            ids = self.tokenizer(templated, add_special_tokens=False).input_ids
-        else:
-            ids = self.tokenizer(text).input_ids
-        self._check_length(text, len(ids), self.max_new_tokens, "lower sampling.max_new_tokens or shorten the prompt")
-        if not ids:
-            raise ConfigError(f"the prompt {text!r} has no tokens, and this tokenizer adds none; give another one")
-        return ids
-
-    def _check_length(self, text: str, prompt: int, completion: int, remedy: str) -> None:
-        most = getattr(self.model.config, "max_position_embeddings", None)
-        if most is not None and prompt + completion > most:
-            shown = text if len(text) <= 60 else f"{text[:60]}..."
-            raise ConfigError(
-                f"the prompt {shown!r} has {prompt} tokens, and with {completion} more it does not fit into the "
-                f"{most} of this model; {remedy}"
-            )
 
     def read_own(self, path: str | Path, *, pairs: bool) -> Iterator[tuple[str, ...]]:
         """As `load_text_preferences`, or `load_completions`."""
@@ -333,15 +399,26 @@ class LanguagePolicy:
         return [self._own(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
 
     def _own(self, prompt: Prompt, text: str) -> Sample:
+        digest = hashlib.sha256(f"{prompt.text}\0{text}".encode()).hexdigest()[:16]
+        completion = self.encode_completion(prompt, text)
+        return Sample(id=f"data-{digest}", prompt=prompt, seed=0, text=text, completion=completion)
+
+    def encode_completion(self, prompt: Prompt, text: str, *, finished: bool = True) -> Completion:
+        """A text that this model has not sampled, with the end token after it where it is `finished`; its
+        log-probabilities are NaN.
+
+        Raises:
+            ConfigError: it is with its prompt longer than the model can take.
+            DataError: it has no tokens.
+        """
         tokens = self.tokenizer(text, add_special_tokens=False).input_ids
         if not tokens:
             raise DataError(f"the completion {text!r} of the prompt {prompt.text!r} has no tokens; leave it out")
-        tokens = [*tokens, *self._ends[:1]]
-        self._check_length(prompt.text, len(self._prompt(prompt)), len(tokens), "shorten the completion")
-        digest = hashlib.sha256(f"{prompt.text}\0{text}".encode()).hexdigest()[:16]
+        tokens = [*tokens, *(self._ends[:1] if finished else [])]
+        length = len(self.prompt_tokens(prompt))
+        self.prompt_tokens.check_length(prompt.text, length, len(tokens), "shorten the completion")
         unsampled_T = torch.full((len(tokens),), torch.nan)
-        completion = Completion(tokens_T=torch.tensor(tokens), log_prob_T=unsampled_T)
-        return Sample(id=f"data-{digest}", prompt=prompt, seed=0, text=text, completion=completion)
+        return Completion(tokens_T=torch.tensor(tokens), log_prob_T=unsampled_T, finished=finished)
 
     # -- sampling -------------------------------------------------------------------------------------------------
 
@@ -456,7 +533,12 @@ class LanguagePolicy:
 
     def error(self, samples: Sequence[Sample], draw: Draw) -> torch.Tensor:
         """The negative log-likelihood of each completion at temperature 1, the sum over its tokens, float32 [B]."""
-        return -self._log_prob(samples, torch.ones(len(samples))).sum(1)
+        return -self.token_log_prob(samples).sum(1)
+
+    def token_log_prob(self, samples: Sequence[Sample]) -> torch.Tensor:
+        """Log-probabilities of the tokens at temperature 1, over the whole vocabulary, float32 [B, T]; 0 beyond the end
+        of a completion."""
+        return self._log_prob(samples, torch.ones(len(samples)))
 
     def log_prob(self, samples: Sequence[Sample], steps: Sequence[int | None]) -> torch.Tensor:
         """Log-probabilities of the tokens at the temperature of each sample, over the whole vocabulary, float32 [B, T];
@@ -498,7 +580,9 @@ class LanguagePolicy:
         mask = torch.cat([mask, mask_BT.long()], 1)
         known = {
             "position_ids": (mask.cumsum(1) - 1).clamp(min=0),
-            "logits_to_keep": tokens_BT.shape[1] + 1,
+            # Their places, not their number: of that transformers makes a view, on which a CPU's product copies the
+            # output layer's weights for each row.
+            "logits_to_keep": torch.arange(ids.shape[1] - 1, mask.shape[1], device=self.device),
             "use_cache": False,
         }
         self._set_training()
@@ -514,12 +598,12 @@ class LanguagePolicy:
 
     def _left(self, prompts: Sequence[Prompt]) -> tuple[torch.Tensor, torch.Tensor]:
         """Token ids of the prompts and their mask, int64 [B, P], padded on the left."""
-        reversed_rows = [torch.tensor(self._prompt(prompt)[::-1]) for prompt in prompts]
+        reversed_rows = [torch.tensor(self.prompt_tokens(prompt)[::-1]) for prompt in prompts]
         ids, mask = (tensor.flip(1).to(self.device) for tensor in padded(reversed_rows))
         return ids.masked_fill(~mask, self._pad), mask.long()
 
     def _count(self, samples: Sequence[Sample]) -> None:
-        tokens = sum(len(self._prompt(sample.prompt)) + len(_completion(sample).tokens_T) for sample in samples)
+        tokens = sum(len(self.prompt_tokens(sample.prompt)) + len(_completion(sample).tokens_T) for sample in samples)
         self.passes += tokens * (3 if torch.is_grad_enabled() else 1)  # a backward pass costs about two forward
 
     def _arithmetic(self) -> AbstractContextManager[Any]:
@@ -601,6 +685,11 @@ def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
     if not ends:
         logger.warning("the tokenizer has no end token: every text is as long as sampling.max_new_tokens")
     return ends
+
+
+def _context(model: Any) -> int | None:
+    """Most tokens that the model takes at once, where it says."""
+    return getattr(model.config, "max_position_embeddings", None)
 
 
 def _pad_token(tokenizer: Any, ends: Sequence[int]) -> int:

@@ -5,20 +5,20 @@ from __future__ import annotations
 import inspect
 import logging
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import attention_backend
 from diffusers.models import attention_processor as processors
-from peft import PeftModel
 
 from raftdiff.config import ModelConfig
 from raftdiff.errors import ConfigError, MissingExtraError, WeightsError
 from raftdiff.registry import nearest
 from raftdiff.shapes import WEIGHTS
 
-from .lora import base_differs
+from .lora import adapters_on, base_differs, read_adapter, remove_adapters, weight_files
 
 logger = logging.getLogger(__name__)
 
@@ -231,28 +231,37 @@ def compile_denoiser(denoiser: Any, **options: Any) -> None:
 def load_lora(pipeline: Any, path: str) -> None:
     """Fold a LoRA into the weights of a pipeline, which can then carry the LoRA of a policy as any other can.
 
+    It warns as `attach_lora` does, and raises what that raises.
+    """
+    attach_lora(pipeline, Path(path), "folded")
+    if hasattr(pipeline, "fuse_lora"):
+        pipeline.fuse_lora()
+        pipeline.unload_lora_weights()
+    else:
+        remove_adapters(denoiser_of(pipeline), merge=True)
+
+
+def attach_lora(pipeline: Any, path: Path, name: str) -> None:
+    """Load the LoRA at `path`, a folder or a safetensors file, as the adapter `name` beside those that are there.
+
     It warns where the LoRA says that it was trained from other weights, such as those before a fine-tune.
 
     Raises:
-        WeightsError: it is missing, or was made for another model.
+        WeightsError: it is missing, damaged, or made for another model.
     """
-    if not Path(path).exists():
-        raise WeightsError(f"{path}: there is no LoRA; a finished run has one in its folder `lora`")
+    if not weight_files(path):
+        raise WeightsError(f"{path}: there is no LoRA in safetensors; a finished run has one in its folder `lora`")
     denoiser = denoiser_of(pipeline)
+    differs = base_differs(denoiser, path)
     try:
-        if base_differs(denoiser, Path(path)):
-            logger.warning("%s was trained from other weights than these: it loads, but was not measured on them", path)
-        if hasattr(pipeline, "load_lora_weights"):
-            pipeline.load_lora_weights(path)
-            loaded = any("lora_" in name for name, _ in denoiser.named_parameters())
-            pipeline.fuse_lora()
-            pipeline.unload_lora_weights()
-        else:
-            loaded = PeftModel.from_pretrained(denoiser, path).merge_and_unload() is denoiser
+        with warnings.catch_warnings(action="ignore"):  # peft warns of every second adapter
+            read_adapter(pipeline, denoiser, path, name)
     except Exception as error:  # diffusers, peft and safetensors each raise their own
         raise WeightsError(
             f"{path} does not fit {type(pipeline).__name__}: {' '.join(str(error).split())[:300]}; "
             "use the base that it was trained from"
         ) from error
-    if not loaded:
+    if name not in adapters_on(denoiser):
         raise WeightsError(f"{path} holds no LoRA for the {type(denoiser).__name__} of this pipeline")
+    if differs:
+        logger.warning("%s was trained from other weights than these: it loads, but was not measured on them", path)

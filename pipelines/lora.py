@@ -22,7 +22,7 @@ from peft.utils import (
     load_peft_weights,
     set_peft_model_state_dict,
 )
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from transformers.pytorch_utils import Conv1D
 
@@ -148,7 +148,7 @@ class Lora:
                     f"{self.name}_lora_adapter_metadata": self._plain_config().to_dict(),
                 },
             )
-            for file in _files(path):
+            for file in weight_files(path):
                 _write(file, load_file(file), read_header(file) | header)
         else:
             config = self._plain_config()
@@ -167,7 +167,7 @@ class Lora:
         """What `save` wrote to a folder, under the names of `state`."""
         return {
             name.removeprefix(f"{self.name}.").removeprefix(PEFT_PREFIX): tensor
-            for file in _files(folder)
+            for file in weight_files(folder)
             for name, tensor in load_file(file).items()
         }
 
@@ -184,7 +184,7 @@ class Lora:
         Raises:
             WeightsError: they do not draw the same.
         """
-        written = {tensor.dtype for file in _files(path) for tensor in load_file(file).values()}
+        written = {tensor.dtype for file in weight_files(path) for tensor in load_file(file).values()}
         rounding = max(ROUNDING.get(dtype, 5e-2) for dtype in {self.denoiser.dtype, *written})
         with torch.compiler.set_stance("force_eager"):  # compiled layers would all be compiled anew
             trained = None if is_split(self.denoiser) else draw()
@@ -196,11 +196,7 @@ class Lora:
                     raise _refusal(path, f"its outputs are {apart:.1%} off")
 
     def _load(self, path: Path) -> None:
-        if hasattr(self.pipeline, "load_lora_weights"):
-            self.pipeline.load_lora_weights(path, adapter_name=CHECK)
-        else:
-            inject_adapter_in_model(PeftConfig.from_pretrained(str(path)), self.denoiser, CHECK)
-            set_peft_model_state_dict(self.denoiser, load_peft_weights(str(path), "cpu"), CHECK)
+        read_adapter(self.pipeline, self.denoiser, path, CHECK)
 
     @contextmanager
     def _reloaded(self, path: Path) -> Iterator[None]:
@@ -220,6 +216,17 @@ class Lora:
             self.denoiser.peft_config.pop(CHECK, None)
             for name, parameter in self.denoiser.named_parameters():
                 parameter.requires_grad_(trained[name])
+
+
+def read_adapter(pipeline: Any, denoiser: torch.nn.Module, path: Path, name: str) -> None:
+    """Put the LoRA at `path` on the denoiser of a pipeline as the adapter `name`, by the pipeline's own method or, for
+    want of one, by peft's."""
+    if hasattr(pipeline, "load_lora_weights"):
+        file = weight_files(path)[0]
+        pipeline.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=name, use_safetensors=True)
+    else:
+        inject_adapter_in_model(PeftConfig.from_pretrained(str(path)), denoiser, name)
+        set_peft_model_state_dict(denoiser, load_peft_weights(str(path), "cpu"), name)
 
 
 def adapters_on(denoiser: torch.nn.Module) -> list[str]:
@@ -248,10 +255,17 @@ def take_off(pipeline: Any) -> bool:
     denoiser = getattr(pipeline, "unet", None) or getattr(pipeline, "transformer", None)
     if denoiser is None or adapters_on(denoiser) != [ADAPTER]:
         return False
+    remove_adapters(denoiser)
+    return True
+
+
+def remove_adapters(denoiser: torch.nn.Module, *, merge: bool = False) -> None:
+    """Take every LoRA off a denoiser; with `merge`, into its weights."""
+    for _, layer in _layers(denoiser) if merge else ():
+        layer.merge()
     recurse_remove_peft_layers(denoiser)
     for name in ("peft_config", "_hf_peft_config_loaded"):  # where diffusers looks for adapters
         vars(denoiser).pop(name, None)
-    return True
 
 
 def load_line(pipeline: Any, name: str, path: str) -> str:
@@ -263,9 +277,12 @@ def load_line(pipeline: Any, name: str, path: str) -> str:
 
 def fingerprint(denoiser: torch.nn.Module, dtype: torch.dtype | None = None) -> str:
     """A hash of every weight's name and shape and of some of its values, rounded to `dtype` where it is given: reading
-    all of a large model is slow."""
+    all of a large model is slow. LoRAs that the denoiser carries do not count."""
     digest = hashlib.sha256()
     for name, parameter in denoiser.named_parameters():
+        if "lora_" in name:
+            continue
+        name = name.replace(".base_layer.", ".")
         values = parameter.detach().flatten()[:: max(1, parameter.numel() // 16)][:16].to(dtype).float().cpu()
         digest.update(f"{name}{list(parameter.shape)}".encode() + values.numpy().tobytes())
     return digest.hexdigest()[:16]
@@ -274,23 +291,31 @@ def fingerprint(denoiser: torch.nn.Module, dtype: torch.dtype | None = None) -> 
 def base_differs(denoiser: torch.nn.Module, path: Path) -> bool:
     """Whether the LoRA at `path` says that it was trained from other weights than these. A base that is loaded in less
     than the precision of training, or a LoRA that does not say, cannot be told."""
-    header = {key: value for file in _files(path) for key, value in read_header(file).items()}
+    header = {key: value for file in weight_files(path) for key, value in read_header(file).items()}
     recorded, dtype = header.get(f"{HEADER}base_fingerprint"), header.get(f"{HEADER}base_dtype")
     if recorded is None or dtype is None or _name_of(denoiser.dtype) not in (dtype, "float32"):
         return False
     return fingerprint(denoiser, getattr(torch, dtype)) != recorded
 
 
+def weight_files(path: Path) -> list[Path]:
+    """The safetensors file at `path`, or those in the folder; none where there are none."""
+    return [path] if path.suffix == ".safetensors" and path.is_file() else sorted(path.glob("*.safetensors"))
+
+
 def read_header(file: Path) -> dict[str, str]:
-    """The metadata of a safetensors file."""
-    with safe_open(file, framework="pt") as opened:
-        return dict(opened.metadata() or {})
+    """The metadata of a safetensors file. Raises WeightsError where it cannot be read."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return dict(opened.metadata() or {})
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(f"{file} cannot be read as safetensors ({error}); export or download it again") from error
 
 
 def check_weights(model: torch.nn.Module, folder: Path) -> None:
     """Raise WeightsError unless the safetensors files in `folder` hold the very weights of `model`."""
     weights, seen = model.state_dict(), 0
-    for file in _files(folder):
+    for file in weight_files(folder):
         for name, tensor in load_file(file).items():
             seen += 1
             if not torch.equal(tensor, weights[name].cpu()):
@@ -302,10 +327,6 @@ def check_weights(model: torch.nn.Module, folder: Path) -> None:
 def _write(file: Path, state: dict[str, torch.Tensor], header: dict[str, str]) -> None:
     file.unlink(missing_ok=True)  # safetensors' own files are for the eyes of their owner alone
     file.write_bytes(save(state, header))
-
-
-def _files(path: Path) -> list[Path]:
-    return [path] if path.suffix == ".safetensors" else sorted(path.glob("*.safetensors"))
 
 
 def _layers(denoiser: torch.nn.Module) -> list[tuple[str, LoraLayer]]:

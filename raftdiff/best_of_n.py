@@ -60,7 +60,6 @@ class Ranking:
 
     name = "ranking"
     modality: Modality = "image"
-    differentiable = False
 
     def __init__(self, rewards: Sequence[WeightedReward]):
         check_rewards(rewards)

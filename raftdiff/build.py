@@ -9,18 +9,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, get_origin, get_type_hints
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from pydantic import TypeAdapter, ValidationError
 
 from .config import ModelConfig, RewardConfig, RunConfig, parse_config
 from .data import count_rows
 from .errors import ConfigError, MissingExtraError
 from .prompts import load_prompts
-from .protocols import Algorithm, Reward
-from .registry import ALGORITHMS, POLICIES, REWARDS, nearest
+from .protocols import Algorithm, Reward, Writer
+from .registry import ALGORITHMS, POLICIES, REWARDS, checked_options
 from .rounds import Display, Quiet, Result, Run, run_rounds
 from .scoring import WeightedReward
 from .sharding import shard, sharded
@@ -153,14 +152,13 @@ def build(
     accelerator = build_accelerator(config)
     check_needs(algorithm, config.algorithm.name, POLICIES.load(config.model.modality))
     device = str(accelerator.device)
+    embed = _embed(config, device)
+    writer = build_writer(config, prompts, held_out, device=device)
     split = sharded(accelerator)
     place = "cpu" if split else device  # what does not fit on the device is split from the CPU
     pipeline = load_model(config.model, place) if pipeline is None else pipeline
     policy = build_policy(config, pipeline, needs=algorithm.needs)
-    teacher = None
-    if config.algorithm.teacher:
-        model = config.model.model_copy(update={"path": config.algorithm.teacher, "revision": None, "variant": None})
-        teacher = build_policy(config, load_model(model, place))
+    teacher = _teacher(config, policy, algorithm, place)
     policy.check_run([*prompts, *held_out], noise_level=algorithm.noise_level, teacher=teacher)
     if split:
         for made in filter(None, (policy, teacher)):
@@ -172,15 +170,34 @@ def build(
         algorithm=algorithm,
         rewards=[make(reward) for reward in config.rewards],
         watched=[make(reward) for reward in config.evaluation.rewards],
+        embed=embed,
         prompts=prompts,
         held_out=held_out,
         data=_own_data(config, policy, algorithm, display),
         teacher=teacher,
+        writer=writer,
         accelerator=accelerator,
         display=display,
         track=build_tracker(config, accelerator),
         load_line=policy.load_line(str(config.folder / "lora")),
     )
+
+
+def _teacher(config: RunConfig, policy: Any, algorithm: Algorithm, place: str) -> Any:
+    """What samples in the place of the policy, where the settings have it."""
+    if config.algorithm.teacher is None:
+        return None
+    if not config.algorithm.is_served:
+        model = config.model.model_copy(update={"path": config.algorithm.teacher, "revision": None, "variant": None})
+        return build_policy(config, load_model(model, place))
+    if {"log_prob", "log_prob_and_value"} & set(algorithm.needs):
+        raise ConfigError(
+            f"algorithm {config.algorithm.name} needs the log-probabilities of what was sampled, which a server does "
+            "not give: leave out algorithm.teacher, or give a path"
+        )
+    from .pipelines.served import ServedModel
+
+    return ServedModel(config, policy)
 
 
 def build_prompts(config: RunConfig) -> tuple[list[Prompt], list[Prompt]]:
@@ -201,33 +218,34 @@ def build_prompts(config: RunConfig) -> tuple[list[Prompt], list[Prompt]]:
     return prompts, held_out
 
 
+def build_writer(
+    config: RunConfig, openings: Sequence[Prompt], held_out: Sequence[Prompt], *, device: str
+) -> Writer | None:
+    """What writes each round's prompts, where the settings have it. Its weights are not loaded.
+
+    Raises:
+        WeightsError, ConfigError: it is no language model, its LoRA does not fit it, or an opening is too long.
+    """
+    if config.prompts.writer is None:
+        return None
+    from .writer import PromptWriter
+
+    writer = PromptWriter(config.prompts.writer, held_out=held_out, seed=config.seed, device=device)
+    writer.check(openings)
+    return writer
+
+
 def build_algorithm(config: RunConfig, *, allow_code: bool = False) -> Algorithm:
     """The configured algorithm, checked against the number of samples for each prompt."""
     kind = ALGORITHMS.load(config.algorithm.name, allow_code=allow_code)
-    names = [field.name for field in dataclasses.fields(kind)]
-    for name in config.algorithm.options:
-        if name not in names:
-            raise ConfigError(
-                f"algorithm.options: {config.algorithm.name} has no option {name!r}{nearest(name, names)} "
-                f"(it has {', '.join(names)})"
-            )
-    hints = get_type_hints(kind)
-    algorithm = kind(**{name: _typed(name, value, hints[name]) for name, value in config.algorithm.options.items()})
+    where, page = f"algorithm.options: {config.algorithm.name}", f"docs/{config.algorithm.name}.md"
+    algorithm = kind(**checked_options(kind, config.algorithm.options, where, page=page))
     algorithm.validate(config)
     if not algorithm.samples and config.data is None:
         raise ConfigError(f"algorithm {config.algorithm.name} trains on your own data alone: set data.path")
+    if not algorithm.samples and config.prompts.writer:
+        raise ConfigError(f"algorithm {config.algorithm.name} draws no samples: leave out prompts.writer")
     return algorithm
-
-
-def _typed(name: str, value: Any, hint: Any) -> Any:
-    """An option of an algorithm as the type of its field: to YAML `1e3` is text. A choice is left to the algorithm,
-    which knows what is like it."""
-    if get_origin(hint) is Literal:
-        return value
-    try:
-        return TypeAdapter(hint).validate_python(value)
-    except ValidationError as error:
-        raise ConfigError(f"algorithm.options.{name}: {error.errors()[0]['msg']}, found {value!r}") from None
 
 
 def check_needs(algorithm: Algorithm, name: str, policy: type) -> None:
@@ -294,25 +312,19 @@ def build_reward(
     made = (live or {}).get(reward.name)
     if made is None:
         kind = REWARDS.load(reward.name, allow_code=allow_code)
-        options = dict(reward.options)
-        accepted = inspect.signature(kind).parameters
-        takes_any = any(p.kind is p.VAR_KEYWORD for p in accepted.values())
-        if "device" in accepted and "device" not in options:
-            options["device"] = device
-        for option in options:
-            if option not in accepted and not takes_any:
-                raise ConfigError(
-                    f"rewards: {reward.name} has no option {option!r}{nearest(option, accepted)} "
-                    f"(it has {', '.join(accepted)})"
-                )
-        missing = [n for n, p in accepted.items() if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
-        for name in missing:
-            if name not in options:
-                raise ConfigError(f"rewards: {reward.name} needs the option {name!r}: docs/rewards.md")
-        made = kind(**options)
+        options = ({"device": device} if "device" in inspect.signature(kind).parameters else {}) | reward.options
+        made = kind(**checked_options(kind, options, f"rewards: {reward.name}", page="docs/rewards.md"))
     if made.name != reward.reported_name:
         made = _Renamed(made, reward.reported_name)
     return WeightedReward(reward=made, weight=reward.weight)
+
+
+def _embed(config: RunConfig, device: str) -> Any:
+    if config.evaluation.lpips is None:
+        return None
+    from .reward_models.lpips import Lpips
+
+    return Lpips(config.evaluation.lpips, device=device)
 
 
 class _Renamed:

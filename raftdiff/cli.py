@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from rich.console import Console
 from rich.logging import RichHandler
@@ -22,6 +22,7 @@ from .config import (
     Combine,
     RewardConfig,
     RunConfig,
+    Settings,
     dump_config,
     load_config,
     load_preset,
@@ -320,12 +321,31 @@ def _configured(known: argparse.Namespace, settings: Sequence[str]) -> RunConfig
             prog=f"raftdiff {known.command} [run.yaml | --preset NAME] {known.flags}",
             description=f"Presets: {', '.join(presets())}.",
             args=list(settings),
-            default=start,
+            default=_with_sections(start, settings),
+            config=(tyro.conf.AvoidSubcommands,),
         )
     except pydantic.ValidationError as error:
         raise ConfigError("command line: " + "; ".join(e["msg"] for e in error.errors())) from None
     # tyro builds nested settings one by one; the whole is validated again, with errors that name the key
     return parse_config(yaml.safe_load(dump_config(chosen)), where="command line")
+
+
+def _with_sections(given: Settings, settings: Sequence[str], place: str = "") -> Any:
+    """`given` with those of its absent sections, such as `data`, that the command line sets something in, or all where
+    it asks for help: tyro knows the settings of sections that are there. What a section needs is still missing."""
+    import tyro
+
+    found: dict[str, Any] = {}
+    for name, field in type(given).model_fields.items():
+        section, key = getattr(given, name), f"{place}{name}."
+        if isinstance(section, Settings):
+            found[name] = _with_sections(section, settings, key)
+        kinds = [kind for kind in get_args(field.annotation) if isinstance(kind, type) and issubclass(kind, Settings)]
+        wanted = any(s in ("-h", "--help") or s.replace("-", "_").startswith(f"__{key}") for s in settings)
+        if section is None and kinds and wanted:
+            needed = {name: tyro.MISSING for name, field in kinds[0].model_fields.items() if field.is_required()}
+            found[name] = kinds[0].model_construct(None, **needed)
+    return given.model_copy(update=found)
 
 
 def _run(config: RunConfig, *, allow_code: bool, resume: bool = False) -> Result:

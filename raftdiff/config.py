@@ -187,12 +187,38 @@ class RewardConfig(Settings):
         return self.label or self.name
 
 
+class WriterConfig(Settings):
+    path: str = "shapes"
+    """The language model: `shapes` (the embedded one), a folder that transformers saved, or a hub id."""
+    revision: str | None = None
+    """Hub revision (branch, tag or commit)."""
+    dtype: Dtype = "fp32"
+    """Number format of its weights."""
+    lora: str | None = None
+    """A LoRA in peft's format to put on it, such as `runs/prompt-writer/lora`."""
+    chat_template: bool = True
+    """Put each opening into the tokenizer's chat template, as the turn of a user, where it has one."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """What the logits are divided by."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Draw from the fewest most likely tokens that together have this probability; 1 for all."""
+    max_new_tokens: Positive = 64
+    """Most tokens of a prompt."""
+    stop: list[Annotated[str, Field(min_length=1)]] = []
+    """Strings that end a prompt, which then ends before them."""
+    batch_size: Positive = 32
+    """Prompts written at once."""
+
+
 class PromptsConfig(Settings):
     source: str | list[str] = "shapes:bare/24"
     """A file (.txt, .jsonl, .csv, .parquet), a list of prompts, or those of the embedded world: captions
     `shapes:KIND/COUNT/SEED`, and for language models `shapes-text:TASK/COUNT/SEED`."""
     per_round: Positive | None = None
     """Prompts in a round; all if absent. Rounds walk through the list before any prompt comes again."""
+    writer: WriterConfig | None = None
+    """Images: a language model that writes a prompt from each of these, anew in each round (docs/prompt-writer.md);
+    `evaluation.prompts` must be set."""
 
 
 class DataConfig(Settings):
@@ -216,6 +242,9 @@ class EvaluationConfig(Settings):
     """Samples for each held-out prompt, from the same seeds for every model."""
     rewards: list[RewardConfig] = []
     """Rewards that are measured and never trained on."""
+    lpips: str | None = None
+    """Images: the folder of the published weights of LPIPS, which then measures diversity in place of pixels
+    (docs/rewards.md#diversity)."""
     guidance_scales: list[float] = []
     """Images: guidance scales to evaluate at; that of sampling if empty. The first is the one that decides which round
     is the best."""
@@ -228,6 +257,25 @@ class EvaluationConfig(Settings):
     paper."""
 
 
+class ServerConfig(Settings):
+    model: str
+    """The name under which the server knows the model."""
+    api_key_env: str = "OPENAI_API_KEY"
+    """The environment variable that holds the key; it need not be set."""
+    concurrency: Positive = 8
+    """Requests that are under way at once, of the `sampling.batch_size` of a batch."""
+    timeout_s: Annotated[float, Field(gt=0)] = 120.0
+    """Seconds until a request that has no reply is sent again."""
+    deadline_s: Annotated[float, Field(gt=0)] = 600.0
+    """Seconds for a request with all its retries."""
+    retries: Annotated[int, Field(ge=0)] = 6
+    """How often a request is sent again after a rate limit, a server's fault or a broken connection."""
+    backoff_s: Annotated[float, Field(gt=0)] = 0.5
+    """Seconds before the first time, which double; a server's `Retry-After` counts more."""
+    extra: dict[str, Any] = {}
+    """Further fields of each request, such as `top_k: 50`."""
+
+
 class AlgorithmConfig(Settings):
     name: str = "raft"
     """A registered algorithm (`raftdiff list`), or `module:Class` with --allow-code."""
@@ -236,8 +284,16 @@ class AlgorithmConfig(Settings):
     replay: Part = 0.0
     """Share of the training set drawn from what earlier rounds selected."""
     teacher: str | None = None
-    """Sample with this model instead of the one that is trained (a path or hub id with the same prompt encoders
-    and latent space): distillation."""
+    """Sample with this model instead of the one that is trained: distillation. A path or hub id with the same prompt
+    encoders and latent space, or tokens; for texts also the address of an OpenAI-compatible server, such as
+    `http://localhost:8000/v1`."""
+    server: ServerConfig | None = None
+    """Text: how to ask the server at the address `teacher` (docs/text.md)."""
+
+    @property
+    def is_served(self) -> bool:
+        """Whether the teacher is an address."""
+        return (self.teacher or "").startswith(("http://", "https://"))
 
 
 class RunConfig(Settings):
@@ -292,6 +348,17 @@ class RunConfig(Settings):
         foreign = IMAGE_ONLY if self.model.modality == "text" else TEXT_ONLY
         if given := [key for key in foreign if _changed(self, key)]:
             raise ValueError(f"{', '.join(given)}: not for model.modality: {self.model.modality}; leave it out")
+        if self.algorithm.is_served and self.model.modality == "image":
+            raise ValueError("algorithm.teacher: a server's texts are for model.modality: text; give a path or hub id")
+        if self.algorithm.is_served != bool(self.algorithm.server):
+            raise ValueError(
+                "algorithm.server: set it, with the name of the model, where algorithm.teacher is an address, and only "
+                "there"
+            )
+        if self.prompts.writer and not self.evaluation.prompts:
+            raise ValueError(
+                "prompts.writer: every round has other prompts; set evaluation.prompts to those to evaluate on"
+            )
         if self.data and self.algorithm.replay + self.data.share >= 1:
             raise ValueError("algorithm.replay and data.share must leave room for the round's own samples: below 1")
         if self.model.attention == "flash" and self.adapter.method == "full":
@@ -321,7 +388,7 @@ IMAGE_ONLY = (
     *("model.offload", "model.vae_slicing", "model.vae_tiling", "model.compile"),
     *("sampling.num_inference_steps", "sampling.trajectory_steps", "sampling.guidance_scale"),
     *("training.guidance_scale", "training.caption_dropout", "training.snr_gamma", "training.error_space"),
-    *("training.timesteps", "evaluation.guidance_scales"),
+    *("training.timesteps", "evaluation.lpips", "evaluation.guidance_scales", "prompts.writer"),
 )
 TEXT_ONLY = (
     "model.chat_template",
@@ -433,11 +500,14 @@ IDENTITY = (
     "evaluation.prompts",
     "evaluation.seeds_per_prompt",
     "evaluation.rewards",
+    "evaluation.lpips",
     "evaluation.guidance_scales",
     "training.optimizer",
 )
-FREE = tuple(
-    f"model.{n}" for n in ("device", "attention", "gradient_checkpointing", "offload", "vae_slicing", "compile")
+FREE = (
+    *(f"model.{n}" for n in ("device", "attention", "gradient_checkpointing", "offload", "vae_slicing", "compile")),
+    "prompts.writer.batch_size",
+    *(f"algorithm.server.{n}" for n in ServerConfig.model_fields if n not in ("model", "extra")),
 )
 
 

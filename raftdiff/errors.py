@@ -42,6 +42,10 @@ class ScoringError(RaftdiffError, RuntimeError):
     """Too many samples could not be scored."""
 
 
+class EndpointError(RaftdiffError, ConnectionError):
+    """A server that does not answer."""
+
+
 class TrainingError(RaftdiffError, ArithmeticError):
     """Training produced values that are not finite and cannot go on."""
 

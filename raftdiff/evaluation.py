@@ -29,8 +29,10 @@ LEAST_DIVERSITY = 0.5  # of the base model's; below it a run counts as collapsed
 MOST_SHIFT = 0.5  # of the pictures' statistics, where held-out rewards are there and none has risen
 MOST_SHIFT_UNJUDGED = 1.0  # where there are none
 
+Metric = Literal["rms", "cosine", "squared"]
 Embed = Callable[[Sequence[Sample]], torch.Tensor]
-"""Samples to one feature vector each, float [B, D]."""
+"""Samples to one feature vector each, float [B, D]. How far these are apart is measured by its `metric`, a `Metric`;
+where it has none, by the cosine."""
 
 
 def paired_interval(values: np.ndarray | Sequence[float], clusters: Sequence[str] | None = None) -> Interval:
@@ -92,25 +94,26 @@ def text_distance(one: str, other: str) -> float:
     return 1 - len(a & b) / len(a | b) if a | b else 0.0
 
 
-def pairwise_distance(feature_KD: torch.Tensor, metric: Literal["rms", "cosine"]) -> float:
+def pairwise_distance(feature_KD: torch.Tensor, metric: Metric) -> float:
     """The mean distance over all pairs of rows; NaN for fewer than two rows.
 
-    `rms` is the root mean square difference along D; `cosine` is one minus the cosine, 0 to 2.
+    `rms` is the root mean square difference along D; `cosine` is one minus the cosine, 0 to 2; `squared` the squared
+    distance.
     """
     if len(feature_KD) < 2:
         return math.nan
     rows = feature_KD.double().numpy()
-    if metric == "cosine":
-        return float(pdist(rows, "cosine").mean())
-    return float(pdist(rows, "euclidean").mean() / math.sqrt(rows.shape[1]))
+    if metric == "rms":
+        return float(pdist(rows, "euclidean").mean() / math.sqrt(rows.shape[1]))
+    return float(pdist(rows, "cosine" if metric == "cosine" else "sqeuclidean").mean())
 
 
 def diversity(samples_by_prompt: Sequence[Sequence[Sample]], embed: Embed | None = None) -> list[float]:
     """How far apart the samples of one prompt are, for each prompt, [P].
 
-    One minus the cosine between embeddings with `embed`, else the root mean square difference of pixels (0 to 1) at
-    32x32: 0 where they are all the same. Of texts without `embed`, `distinct_2`. Flawed samples do not count; NaN for a
-    prompt with fewer than two others.
+    The distance of embeddings with `embed`, else the root mean square difference of pixels (0 to 1) at 32x32: 0 where
+    they are all the same. Of texts without `embed`, `distinct_2`. Flawed samples do not count; NaN for a prompt with
+    fewer than two others.
     """
     return [_spread([s for s in samples if s.flaw is None], embed) for samples in samples_by_prompt]
 
@@ -119,7 +122,7 @@ def _spread(samples: Sequence[Sample], embed: Embed | None) -> float:
     if len(samples) < 2:
         return math.nan
     if embed is not None:
-        return pairwise_distance(embed(samples).detach().cpu(), "cosine")
+        return pairwise_distance(embed(samples).detach().cpu(), getattr(embed, "metric", "cosine"))
     if any(s.image is None for s in samples):
         return distinct_2([s.text or "" for s in samples])
     return pairwise_distance(pixel_features(samples), "rms")

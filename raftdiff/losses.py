@@ -24,6 +24,27 @@ def weighted_error(error_B: torch.Tensor, weight_B: torch.Tensor) -> tuple[torch
     return weight_B * error_B, {"error": error_B.detach()}
 
 
+def gold(log_prob_BT: torch.Tensor, weight_B: torch.Tensor, *, least: float) -> tuple[torch.Tensor, Metrics]:
+    """GOLD (Pang and He, arXiv 2009.07839), an off-policy policy gradient whose importance weights are the
+    policy's own likelihoods, negated:
+
+        -Q * sum_t w_t log p_t,   w_t = max(p_t, least), of which no gradient is taken
+
+    Tokens that the policy finds unlikely count less than in plain training, but at least by `least`.
+
+    Args:
+        log_prob_BT: the tokens' log-probabilities [B, T], with gradients; 0 beyond the end of a text.
+        weight_B: Q [B], constants.
+        least: 0 to 1; 1 is plain training.
+
+    Returns:
+        The losses [B], with gradients, and the metric `error`, the negative log-likelihood [B], without.
+    """
+    known_BT = log_prob_BT.detach()
+    importance_BT = known_BT.exp().clamp(min=least)
+    return -weight_B * (importance_BT * log_prob_BT).sum(1), {"error": -known_BT.sum(1)}
+
+
 def preference(
     chosen_B: torch.Tensor,
     rejected_B: torch.Tensor,

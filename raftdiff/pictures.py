@@ -29,7 +29,6 @@ class PicturesReward:
     """
 
     modality: Modality = "text"
-    differentiable = False
 
     def __init__(
         self,

@@ -32,7 +32,7 @@ from .data import count_rows
 from .errors import ConfigError
 from .interrupts import StopRequest
 from .prompts import round_prompts
-from .protocols import Algorithm
+from .protocols import Algorithm, Writer
 from .report import duration
 from .rounds import Run, mixed_in_counts
 from .sampling import Job
@@ -66,9 +66,9 @@ class Work:
     """
 
     stage: str
-    """`sample`, `score`, `log-ratio`, `train`, or `evaluate at G` for each guidance scale."""
+    """`write`, `sample`, `score`, `log-ratio`, `train`, or `evaluate at G` for each guidance scale."""
     images: int = 0
-    """Drawn or scored; in training, rows of its batches."""
+    """Drawn or scored; in training, rows of its batches; of `write`, prompts."""
     scorings: int = 0
     """Images times the rewards that see them."""
     steps: int = 0
@@ -297,6 +297,7 @@ def _sampling(config: RunConfig, algorithm: Algorithm, sizes: Sizes, *, first: b
     rows = images * sizes.rows["sample"]
     scored = images + (sizes.data if algorithm.scores_data and first else 0)
     return [
+        *([Work(stage="write", images=sizes.prompts)] if config.prompts.writer else []),
         Work(stage="sample", images=images, forward=rows, passes=rows),
         Work(stage="score", images=scored, scorings=scored * len(config.rewards)),
     ]
@@ -433,6 +434,10 @@ class _Counter:
             self._count(len(samples))
         return torch.zeros(len(samples), 1, requires_grad=True)
 
+    def token_log_prob(self, samples: Sequence[Sample]) -> torch.Tensor:
+        self._count(len(samples))
+        return torch.zeros(len(samples), 1, requires_grad=True)
+
     def log_prob_and_value(self, samples: Sequence[Sample]) -> tuple[torch.Tensor, torch.Tensor]:
         self._count(len(samples))
         return torch.zeros(len(samples), 1, requires_grad=True), torch.zeros(len(samples), 1, requires_grad=True)
@@ -476,7 +481,8 @@ def probe(run: Run) -> Probe:
     """Draw one batch of images in few steps, score it and train on it, and measure. The adapter of `run` is changed."""
     began = time.perf_counter()
     config, policy = run.config, cast(Any, run.policy)
-    prompts = round_prompts(run.prompts, round=0, per_round=config.prompts.per_round, seed=config.seed)
+    dealt_out = round_prompts(run.prompts, round=0, per_round=config.prompts.per_round, seed=config.seed)
+    prompts, writing = _written(run.writer, dealt_out)
     jobs = sampling.jobs(prompts, config.sampling.samples_per_prompt, run_seed=config.seed, round=1)
     jobs = jobs[: max(2, config.sampling.batch_size)]  # with fewer than two there is nothing to select
     kinds: dict[str, _Kind] = {
@@ -500,6 +506,7 @@ def probe(run: Run) -> Probe:
             for stage, batch in of_stage.items()
         }
         | {
+            "write": writing,
             "score": sum(scoring_seconds[w.reward.name] for w in run.rewards) / len(run.rewards),
             "log-ratio": _log_ratio_seconds(run, samples),
             "train": seconds_a_row,
@@ -510,6 +517,16 @@ def probe(run: Run) -> Probe:
         micro_batch_size=trainer.micro_batch_size,
         seconds=time.perf_counter() - began,
     )
+
+
+def _written(writer: Writer | None, openings: Sequence[Prompt]) -> tuple[Sequence[Prompt], float]:
+    """The prompts of the first round, and the seconds that writing each has taken."""
+    if writer is None:
+        return openings, 0.0
+    writer(openings[:1], round=1)  # the model is loaded
+    began = time.perf_counter()
+    prompts = writer(openings, round=1)
+    return prompts, (time.perf_counter() - began) / len(openings)
 
 
 def _drawn(policy: Any, scale: float, noise_level: float | None, jobs: Sequence[Job]) -> _Drawn:
@@ -559,19 +576,12 @@ def _steps(policy: Any, steps: int) -> Iterator[None]:
 
 
 def _scoring_seconds(weighted: WeightedReward, samples: Sequence[Sample], config: RunConfig) -> float:
-    """Of one image. Rewards remember what they have seen, so that others warm them up."""
-    size = config.sampling.batch_size
-    others = [_another(sample) for sample in samples[:size]]
-    scoring.score_parts(others, weighted.reward, batch_size=size, max_failed=1.0)
-    began = time.perf_counter()
-    scoring.score_parts(samples, weighted.reward, batch_size=size, max_failed=1.0)
-    return (time.perf_counter() - began) / len(samples)
-
-
-def _another(sample: Sample) -> Sample:
-    if sample.image is not None:
-        return replace(sample, image=255 - sample.image)
-    return replace(sample, text=f"{sample.text} ...")
+    """Of one image. Rewards remember what they have seen, so that one half warms up and the other is timed."""
+    half = len(samples) // 2
+    for part in (samples[:half], samples[half:]):
+        began = time.perf_counter()
+        scoring.score_parts(part, weighted.reward, batch_size=config.sampling.batch_size, max_failed=1.0)
+    return (time.perf_counter() - began) / len(part)
 
 
 def _trained(run: Run, samples: Sequence[Sample]) -> tuple[Trainer, float]:
@@ -657,6 +667,8 @@ def lines(plan: Plan) -> list[str]:
         f"forward: {rows}; passes: the same as the run's ledger and `budget` count them, "
         "those with gradients three times; round 1: its passes",
     ]
+    if config.prompts.writer:
+        said.append("write: prompts by a language model, not images; its tokens are no passes")
     if rounds < config.rounds:
         said.append(f"the budget of {config.budget:,} passes is spent after {rounds} of {config.rounds} rounds")
     if config.evaluation.plateau_rounds is not None:

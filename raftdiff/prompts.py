@@ -7,7 +7,8 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
 from itertools import count
@@ -16,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from .checkpoint import write_file
 from .errors import ConfigError, DataError
 from .registry import nearest
 from .shapes.captions import BACKGROUNDS, COLORS, NUMBERS, POSITIONS, RELATIONS, SHAPES, SIZES, Caption, random_caption
@@ -25,6 +27,7 @@ from .types import Prompt
 logger = logging.getLogger(__name__)
 
 COLUMNS = ("prompt", "caption", "text")
+ATTEMPTS = 8  # texts that a writer has for each opening
 LONGEST_LINE = 1 << 20  # characters; a longer one is no line of a prompt list, and must not fill the memory
 _UNREADABLE = re.compile("[\0\ud800-\udfff]")
 
@@ -277,6 +280,67 @@ def round_prompts(prompts: Sequence[Prompt], *, round: int, per_round: int | Non
         round -= whole_rounds
         carried = walk[whole_rounds * per_round :]
     raise AssertionError("unreachable")
+
+
+def written_prompts(
+    write: Callable[[Sequence[Prompt], Sequence[int]], Sequence[str]],
+    openings: Sequence[Prompt],
+    *,
+    kept_out: Collection[str] = (),
+    round: int,
+    seed: int,
+) -> list[Prompt]:
+    """The prompts of round `round` (from 1) that `write` makes of the openings and a seed for each, in their order.
+
+    A text that is empty, not readable, among `kept_out`, or one of the round already is written again with the next
+    seed, `ATTEMPTS` times in all; an opening that then has none is left out, with a warning. A prompt has the metadata
+    of its opening and, as `opening`, its text.
+
+    Raises:
+        DataError: no opening has got a prompt.
+    """
+    found: dict[str, Prompt] = {}  # by the opening
+    taken, refused = set(kept_out), Counter[str]()
+    waiting = list(openings)
+    for attempt in range(ATTEMPTS):
+        if not waiting:
+            break
+        texts = write(waiting, [sample_seed(seed, round, opening.id, attempt) for opening in waiting])
+        for opening, text in zip(waiting, map(str.strip, texts), strict=True):
+            if reason := _unusable(text, kept_out, taken):
+                refused[reason] += 1
+            else:
+                taken.add(text)
+                found[opening.text] = Prompt(text=text, metadata={**opening.metadata, "opening": opening.text})
+        waiting = [opening for opening in waiting if opening.text not in found]
+    if waiting:
+        reasons = ", ".join(f"{count} texts {reason}" for reason, count in refused.most_common())
+        lack = f"round {round}: {len(waiting)} of {len(openings)} openings have no prompt after {ATTEMPTS} texts each"
+        if not found:
+            raise DataError(f"{lack} ({reasons}); give prompts.writer other openings or another model")
+        logger.warning("%s (%s in all); the round has %d prompts", lack, reasons, len(found))
+    return [found[opening.text] for opening in openings if opening.text in found]
+
+
+def _unusable(text: str, kept_out: Collection[str], taken: Collection[str]) -> str | None:
+    """Why a text can be no prompt beside those that are `taken`, or None."""
+    if not text:
+        return "empty"
+    if _UNREADABLE.search(text):
+        return "not readable"
+    if text in kept_out:
+        return "held out"
+    return "repeated" if text in taken else None
+
+
+def save_prompts(path: Path, prompts: Sequence[Prompt]) -> None:
+    """Publish prompts with their metadata as JSON lines, which `load_prompts` reads back as they are.
+
+    Raises:
+        StorageError: the file cannot be written.
+    """
+    rows = [{"prompt": prompt.text, **prompt.metadata} for prompt in prompts]
+    write_file(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
 
 
 def sample_seed(run_seed: int, round: int, prompt_id: str, k: int) -> int:

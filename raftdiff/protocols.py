@@ -76,7 +76,6 @@ class Reward(Protocol):
     """Judges samples; higher is better."""
 
     name: str
-    differentiable: bool
 
     @property
     def modality(self) -> Modality | None:
@@ -85,6 +84,15 @@ class Reward(Protocol):
 
     def score(self, samples: Sequence[Sample]) -> torch.Tensor:
         """float32 [B] on the CPU, NaN for a sample that could not be judged (never 0 for a failure)."""
+        ...
+
+
+class Writer(Protocol):
+    """Writes the prompts of a round."""
+
+    def __call__(self, openings: Sequence[Prompt], *, round: int) -> list[Prompt]:
+        """Distinct prompts, at most one from each opening: a function of the openings and the round. Raises DataError
+        where there are none."""
         ...
 
 
@@ -98,6 +106,15 @@ class GivesLogProb(Policy, Protocol):
         """Log-probabilities of what was sampled, float32 [B, T], with gradients: of one denoising step of each sample,
         T = 1, the mean over the latent dimensions; of the tokens of each completion, whose step is None, at its
         temperature, and 0 beyond its end. Right after sampling they are `Batch.sampled_log_prob`."""
+        ...
+
+
+class GivesTokenLogProb(Policy, Protocol):
+    """A policy whose samples are made of tokens: what losses that weight them one by one need."""
+
+    def token_log_prob(self, samples: Sequence[Sample]) -> torch.Tensor:
+        """Log-probabilities of the tokens at temperature 1, float32 [B, T], with gradients; 0 beyond the end of a
+        completion. Their sum is minus `error`."""
         ...
 
 

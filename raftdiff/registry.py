@@ -9,11 +9,13 @@ A new unit is one file and one line in a table below. Another package adds one w
 from __future__ import annotations
 
 import importlib
+import inspect
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import is_dataclass
 from difflib import get_close_matches
 from importlib import metadata
-from typing import Any, get_args
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from .errors import ConfigError, MissingExtraError
 
@@ -33,6 +35,45 @@ def check_choice(option: str, value: Any, choices: Any) -> None:
     known = get_args(choices)
     if value not in known:
         raise ConfigError(f"{option} is {value!r}{nearest(str(value), known)} (there are {', '.join(known)})")
+
+
+def checked_options(unit: Any, options: Mapping[str, Any], where: str, *, page: str) -> dict[str, Any]:
+    """The options of a unit, each as the type of its parameter: to YAML `1e3` is text. A Literal is left to the unit,
+    which knows what is like it.
+
+    Args:
+        unit: its class.
+        where: what the options are of, for error messages.
+        page: where they are documented.
+
+    Raises:
+        ConfigError: one that the unit does not take, or needs, or cannot read.
+    """
+    accepted = inspect.signature(unit).parameters
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in accepted.values())
+    for name in options:
+        if name not in accepted and not takes_any:
+            raise ConfigError(
+                f"{where} has no option {name!r}{nearest(name, accepted)} (it has {', '.join(accepted) or 'none'})"
+            )
+    for name, parameter in accepted.items():
+        if parameter.default is parameter.empty and parameter.kind is not parameter.VAR_KEYWORD and name not in options:
+            raise ConfigError(f"{where} needs the option {name!r}: {page}")
+    hints = get_type_hints(unit if is_dataclass(unit) else unit.__init__)
+    return {name: _typed(value, hints.get(name, Any), f"{where}: option {name!r}") for name, value in options.items()}
+
+
+def _typed(value: Any, hint: Any, where: str) -> Any:
+    from pydantic import PydanticUserError, TypeAdapter, ValidationError  # not before anything is built
+
+    if get_origin(hint) is Literal:
+        return value
+    try:
+        return TypeAdapter(hint).validate_python(value)
+    except ValidationError as error:
+        raise ConfigError(f"{where}: {error.errors()[0]['msg']}, found {value!r}") from None
+    except PydanticUserError:  # a type that only the unit knows
+        return value
 
 
 class Registry:

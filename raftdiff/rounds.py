@@ -20,11 +20,11 @@ from .card import HERE, provenance, write_card
 from .checkpoint import Checkpoint, Checkpoints, RunLock, clean_staging, publish_folder, sort_header, write_file
 from .config import RunConfig, difference, dump_config, is_identity, load_config, parse_config
 from .errors import ResumeError
-from .evaluation import Verdict, best_held_out, measure, picture_moments, run_verdict, trend
+from .evaluation import Embed, Verdict, best_held_out, measure, picture_moments, run_verdict, trend
 from .interrupts import StopRequest, stop_requests
 from .ledger import Ledger
-from .prompts import round_prompts
-from .protocols import Algorithm, Policy
+from .prompts import load_prompts, round_prompts, save_prompts
+from .protocols import Algorithm, Policy, Writer
 from .report import append_metrics, read_metrics, truncate_metrics, write_report
 from .sampling import Job
 from .scoring import WeightedReward
@@ -76,11 +76,15 @@ class Run:
     """What is trained on, and with weight 0 what is watched on every sample."""
     watched: Sequence[WeightedReward]
     """What is only measured, in evaluations."""
+    embed: Embed | None = None
+    """What diversity is measured with; if absent, the embeddings of the first reward that gives them."""
     prompts: Sequence[Prompt]
     held_out: Sequence[Prompt]
     data: Sequence[Example] = ()
     """The user's own pictures or preferences: mixed into each round's examples, or all there is to train on."""
     teacher: Policy | None = None
+    writer: Writer | None = None
+    """What makes each round's prompts of those dealt out of `prompts`, which then are openings."""
     accelerator: Accelerator = field(default_factory=Accelerator)
     display: Display = field(default_factory=Quiet)
     track: Callable[[int, Mapping[str, float]], None] = lambda round, values: None
@@ -275,9 +279,7 @@ class _Stages:
         if not self.run.algorithm.samples:
             return []
         settings, round = self.config.sampling, phase.grown
-        prompts = round_prompts(
-            self.run.prompts, round=round - 1, per_round=self.config.prompts.per_round, seed=self.config.seed
-        )
+        prompts = self.prompts(round)
         wanted = sampling.jobs(prompts, settings.samples_per_prompt, run_seed=self.config.seed, round=round)
         self.run.display.stage(round, "sample", len(wanted))
         with self.ledger.stage("sample"), self.trainer.averaged():
@@ -288,6 +290,24 @@ class _Stages:
                 round,
                 noise_level=self.run.algorithm.noise_level,
             )
+
+    def prompts(self, round: int) -> list[Prompt]:
+        """Those that are dealt out to a round or, where there is a writer, written from these: once in a run, by the
+        main process, and from then on read."""
+        dealt_out = round_prompts(
+            self.run.prompts, round=round - 1, per_round=self.config.prompts.per_round, seed=self.config.seed
+        )
+        if self.run.writer is None:
+            return dealt_out
+        file = self.folder / "prompts" / f"round-{round:04d}.jsonl"
+        self.run.display.stage(round, "write", len(dealt_out))
+        with self.ledger.stage("write"):
+            if self.run.accelerator.is_main_process and not file.exists():
+                save_prompts(file, self.run.writer(dealt_out, round=round))
+            self.run.accelerator.wait_for_everyone()
+        self.run.display.advance(len(dealt_out))
+        getattr(self.run.policy, "forget_prompts", lambda: None)()  # those of earlier rounds hardly come again
+        return load_prompts(file)
 
     def _sample(
         self,
@@ -324,6 +344,7 @@ class _Stages:
         self.run.display.stage(round, "score", len(samples) * len(self.run.rewards))
         with self.ledger.stage("score"):
             values = self._score(samples, self.run.rewards, self.store, round)
+            scoring.warn_of_constants(values, self.weights)
             if not phase.improve:  # else they are in them already
                 moments = objectives.with_values(moments, values)
             if self.run.algorithm.scores_data and self.run.data:
@@ -440,6 +461,7 @@ class _Stages:
                     w.reward.name: getattr(w.reward, "weights_from", None)
                     for w in (*self.run.rewards, *self.run.watched)
                 },
+                "diversity": getattr(self.run.embed, "weights_from", None),
             }
             reports = read_metrics(self.metrics)
             self.checkpoints.save(round, step, parts, meta, self._kept(reports))
@@ -505,7 +527,7 @@ class _Stages:
                     self._with_combined(values, base),
                     guidance_scale=scale,
                     base=base,
-                    embed=next((e for w in rewards if (e := getattr(w.reward, "embed", None))), None),
+                    embed=self.run.embed or next((e for w in rewards if (e := getattr(w.reward, "embed", None))), None),
                 )
                 if self.config.evaluation.sentinel != "off":
                     before = store.read_samples(0) if round else ()

@@ -140,6 +140,17 @@ def combined(samples: Sequence[Sample], values: Mapping[str, torch.Tensor], how:
     return [replace(s, reward=reward) for s, reward in zip(scored, reward_N, strict=True)]
 
 
+def warn_of_constants(values: Mapping[str, torch.Tensor], weights: Mapping[str, float]) -> None:
+    """Say which of the rewards with a weight is the same for all samples of a round: it cannot choose among them."""
+    for name, value_N in values.items():
+        present_N = value_N[~value_N.isnan()]
+        if weights[name] and len(present_N) > 1 and present_N.min() == present_N.max():
+            logger.warning(
+                "reward %r is %g for each of the round's %d samples: it chooses none of them",
+                *(name, present_N[0], len(present_N)),
+            )
+
+
 def _standardized(value_N: torch.Tensor, how: Combination, name: str) -> torch.Tensor:
     if how.how == "sum":
         return value_N.double()

@@ -76,11 +76,17 @@ def above_threshold(groups: Sequence[Group], threshold: float, *, key: Key = by_
 
 def above_global(groups: Sequence[Group], threshold: float) -> list[Scored]:
     """ReST's `global` rule: every sample whose reward is above `threshold`, 0 to below 1, where the rewards of all
-    groups together are scaled to [0, 1]. 0 keeps all, the worst included; rewards that are all equal are 0."""
-    rewards = [by_reward(scored) for group in groups for scored in ranking(group)]
-    low = min(rewards, default=0.0)
-    spread = max(rewards, default=0.0) - low or 1.0
-    return above_threshold(groups, threshold or -math.inf, key=lambda scored: (by_reward(scored) - low) / spread)
+    groups together are `scaled` to [0, 1]. 0 keeps all, the worst included."""
+    of_sample = scaled(groups)
+    return above_threshold(groups, threshold or -math.inf, key=lambda scored: of_sample[scored.sample.id])
+
+
+def scaled(groups: Sequence[Group]) -> dict[str, float]:
+    """Sample id to its reward, scaled to [0, 1] over all groups together; 0 where all are equal."""
+    reward_of = {scored.sample.id: by_reward(scored) for group in groups for scored in ranking(group)}
+    low = min(reward_of.values(), default=0.0)
+    spread = max(reward_of.values(), default=0.0) - low or 1.0
+    return {sample_id: (reward - low) / spread for sample_id, reward in reward_of.items()}
 
 
 def above_percentile(groups: Sequence[Group], share: float) -> list[Scored]:

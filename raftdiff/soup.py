@@ -6,7 +6,6 @@ from __future__ import annotations
 import csv
 import io
 import math
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -108,6 +107,8 @@ def mix(
         DataError: a run that is not finished.
         WeightsError: a LoRA that does not fit the model.
     """
+    from .pipelines.loading import attach_lora
+
     check(configs, beside, parts)
     first = configs[0]
     make = partial(build_reward, device=default_device(), live=rewards, allow_code=allow_code)
@@ -131,7 +132,9 @@ def mix(
     tell("the base")
     with policy.reference():
         base = evaluated()
-    adapters = [_load(pipeline, config, f"soup_{i}") for i, config in enumerate((*configs, *beside))]
+    adapters = [f"soup_{i}" for i in range(len(configs) + len(beside))]
+    for name, config in zip(adapters, (*configs, *beside), strict=True):
+        attach_lora(pipeline, config.folder / "lora", name)
     mixtures = []
     for weights in shares(len(configs), parts):
         name = " + ".join(f"{w:g} {c.name}" for w, c in zip(weights, configs, strict=True) if w)
@@ -170,17 +173,6 @@ def _rewards(configs: Sequence[RunConfig]) -> list[RewardConfig]:
             if (known.name, known.options) != (reward.name, reward.options):
                 raise ConfigError(f"the runs mean different rewards by {reward.reported_name!r}: give one a `label`")
     return list(found.values())
-
-
-def _load(pipeline: Any, config: RunConfig, adapter: str) -> str:
-    path = config.folder / "lora"
-    try:
-        with warnings.catch_warnings(action="ignore"):  # peft warns of every second adapter
-            pipeline.load_lora_weights(str(path), adapter_name=adapter, use_safetensors=True)
-    except Exception as error:  # diffusers, peft and safetensors each raise their own
-        reason = " ".join(str(error).split())[:300]
-        raise WeightsError(f"{path} does not fit {type(pipeline).__name__}: {reason}") from error
-    return adapter
 
 
 # ------------------------------------------------------------------------------------------------ what is shown

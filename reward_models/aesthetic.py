@@ -141,7 +141,6 @@ class AestheticReward:
     """
 
     modality: Modality = "image"
-    differentiable = False
 
     def __init__(
         self,

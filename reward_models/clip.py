@@ -21,7 +21,6 @@ class ClipReward:
     """How well the picture fits its prompt: 100 times the cosine of their embeddings under any CLIP."""
 
     modality: Modality = "image"
-    differentiable = False
 
     def __init__(
         self,

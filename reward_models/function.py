@@ -28,8 +28,6 @@ class FunctionReward:
 
     modality: Modality | None = None
 
-    differentiable = False
-
     def __init__(self, function: Callable[[list[Any], list[str]], Any], name: str):
         self.name = name
         self._function = function

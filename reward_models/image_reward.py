@@ -138,7 +138,6 @@ class ImageReward:
     """How well people would like the picture for the prompt: ImageReward, trained on their rankings."""
 
     modality: Modality = "image"
-    differentiable = False
 
     def __init__(
         self,

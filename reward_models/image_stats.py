@@ -19,7 +19,6 @@ class ImageStatsReward:
     """A plain statistic of the picture: sharpness, saturation, entropy of colors, share of edges, or grid energy."""
 
     modality: Modality = "image"
-    differentiable = False
 
     def __init__(self, metric: str, *, name: str | None = None) -> None:
         """Raises ConfigError for an unknown `metric`; raftdiff/picture_statistics.py says what they measure. A negative

@@ -22,7 +22,6 @@ class JpegReward:
     """
 
     modality: Modality = "image"
-    differentiable = False
 
     def __init__(self, *, quality: int = 95, sign: Literal[-1, 1] = -1, name: str | None = None) -> None:
         """`sign` -1 rewards small files, +1 large ones; `quality` is Pillow's, 1 to 95.

@@ -13,15 +13,14 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, get_type_hints
+from typing import Any
 
 import torch
 from PIL import Image
-from pydantic import TypeAdapter, ValidationError
 
 from raftdiff.errors import ConfigError
 from raftdiff.principles import Principle, load_principles
-from raftdiff.registry import JUDGES, nearest
+from raftdiff.registry import JUDGES, checked_options
 from raftdiff.types import Sample
 
 from . import images
@@ -205,31 +204,11 @@ def build_judge(name: str, options: Mapping[str, Any], *, allow_code: bool = Fal
         ConfigError: an unknown judge or option, or one that is missing.
     """
     kind = JUDGES.load(name, allow_code=allow_code)
-    accepted = inspect.signature(kind).parameters
-    for option in options:
-        if option not in accepted:
-            raise ConfigError(
-                f"the judge {name!r} has no option {option!r}{nearest(option, accepted)} (it has {', '.join(accepted)})"
-            )
-    for option, parameter in accepted.items():
-        if parameter.default is parameter.empty and option not in options:
-            raise ConfigError(f"the judge {name!r} needs the option {option!r}: docs/ai-feedback.md")
-    hints = get_type_hints(kind.__init__)
-    return kind(**{option: _typed(name, option, value, hints[option]) for option, value in options.items()})
-
-
-def _typed(judge: str, option: str, value: Any, hint: Any) -> Any:
-    try:
-        return TypeAdapter(hint).validate_python(value)
-    except ValidationError as error:
-        reason = error.errors()[0]["msg"]
-        raise ConfigError(f"option {option!r} of the judge {judge!r}: {reason}, found {value!r}") from None
+    return kind(**checked_options(kind, options, f"the judge {name!r}", page="docs/ai-feedback.md"))
 
 
 class JudgeReward:
     """What a judge (a language or vision-language model) says of the sample under one principle, 1 to 9."""
-
-    differentiable = False
 
     def __init__(
         self,

@@ -2,37 +2,28 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import hashlib
 import io
 import json
 import logging
 import os
-import random
 import sqlite3
-import threading
 from collections import Counter
-from collections.abc import Coroutine, Mapping, Sequence
-from concurrent.futures import Future
+from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
-from urllib.parse import urlsplit
+from typing import Any
 
-import httpx2
 from PIL import Image
 
-from raftdiff.errors import ConfigError, ScoringError, StorageError
+from raftdiff.endpoint import Endpoint, Fault
+from raftdiff.errors import ConfigError, EndpointError, ScoringError, StorageError
 
 from .judge import ABSENT, Answer, ModelJudge, Question
 
 logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
-LONGEST_WAIT_S = 60.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,14 +46,6 @@ class Usage:
     """By the prices that were given, in their currency."""
 
 
-class Fault(Exception):
-    """Why one question has no answer. `again` says whether the same request may have one later, `after` when."""
-
-    def __init__(self, reason: str, *, again: bool = False, after: float | None = None, unreachable: bool = False):
-        super().__init__(reason)
-        self.again, self.after, self.unreachable = again, after, unreachable
-
-
 class EndpointJudge(ModelJudge):
     """A language or vision-language model behind an OpenAI-compatible endpoint, asked over HTTP."""
 
@@ -83,15 +66,10 @@ class EndpointJudge(ModelJudge):
         price: tuple[float, float] = (0.0, 0.0),
         cache: str | Path | None = None,
     ) -> None:
-        """The key is read from the environment alone, so that no configuration and no run folder can hold it.
+        """The other options are those of `Endpoint`.
 
         Args:
             base_url: up to and with `/v1`; the environment's OPENAI_BASE_URL if absent.
-            api_key_env: the environment variable that holds the key; it need not be set.
-            concurrency: questions that are under way at once.
-            timeout_s, deadline_s: seconds for one request, and for one question with all its retries.
-            retries, backoff_s: how often a request is sent again after a rate limit, a server's fault or a broken
-                connection, and the seconds before the first time, which double; a server's `Retry-After` counts more.
             logprobs: whether to ask for log-probabilities; without them an answer is all or nothing.
             max_tokens: the limit that is sent; null sends none.
             extra: further fields of the request, such as `seed: 0`.
@@ -107,15 +85,18 @@ class EndpointJudge(ModelJudge):
                 "the judge `endpoint` needs an address: set its option base_url, or OPENAI_BASE_URL in the environment,"
                 " such as http://127.0.0.1:8000/v1"
             )
-        self._url = f"{address.rstrip('/')}/chat/completions"
-        self._headers = {}
-        if key := os.environ.get(api_key_env):
-            if urlsplit(address).scheme != "https" and urlsplit(address).hostname not in LOOPBACK:
-                raise ConfigError(f"the key in {api_key_env} would go unencrypted to {address}: give an https address")
-            self._headers["Authorization"] = f"Bearer {key}"
-        self._api_key_env = api_key_env
-        self._timeout_s, self._deadline_s = timeout_s, deadline_s
-        self._concurrency, self._retries, self._backoff_s = max(1, concurrency), retries, backoff_s
+        self._endpoint = Endpoint(
+            address,
+            "chat/completions",
+            what="judge",
+            setting="its base_url",
+            api_key_env=api_key_env,
+            concurrency=concurrency,
+            timeout_s=timeout_s,
+            deadline_s=deadline_s,
+            retries=retries,
+            backoff_s=backoff_s,
+        )
         self._price = price
         self._request: dict[str, Any] = {"model": model, "temperature": 0} | dict(extra or {})
         if max_tokens is not None:
@@ -124,8 +105,7 @@ class EndpointJudge(ModelJudge):
             self._request |= {"logprobs": True, "top_logprobs": 20}
         self._cache = AnswerCache(Path(cache).expanduser() if cache else _cache_folder() / "judge.sqlite")
         self.weights_from = f"{model} at {address}"
-        self._answered = False
-        self.usage = Usage()
+        self._asked = self._cached = self._missing = 0
 
     def ask(self, questions: Sequence[Question]) -> list[Answer | None]:
         """The answer to each question; None, counted and with the reason in a warning, where there is no valid one.
@@ -134,115 +114,50 @@ class EndpointJudge(ModelJudge):
             ConfigError: the endpoint refuses the key, or knows no such model or address.
             ScoringError: nothing answers at that address.
         """
-        answers = _run(self._ask_all(questions))
-        reasons = Counter(str(answer) for answer in answers if isinstance(answer, Fault))
+        requests = [self._request | {"messages": _messages(question)} for question in questions]
+        keys = [self._key(request) for request in requests]
+        answers = [self._cache.get(key) for key in keys]
+        unknown = [i for i, answer in enumerate(answers) if answer is None]
+
+        def read(place: int, choice: Mapping[str, Any]) -> Answer:
+            i = unknown[place]
+            answer = read_answer(choice, questions[i].answers)
+            self._cache.put(keys[i], answer)
+            return answer
+
+        try:
+            asked = self._endpoint.ask([requests[i] for i in unknown], read)
+        except EndpointError as error:
+            raise ScoringError(str(error)) from None
+        reasons: Counter[str] = Counter()
+        for i, found in zip(unknown, asked, strict=True):
+            if isinstance(found, Fault):
+                reasons[str(found)] += 1
+            else:
+                answers[i] = found
         for reason, count in reasons.most_common(3):
             logger.warning("judge: %d of %d answers are missing: %s", count, len(questions), reason)
-        self._count(asked=len(questions), missing=sum(reasons.values()))
-        return [None if isinstance(answer, Fault) else answer for answer in answers]
+        self._asked += len(questions)
+        self._cached += len(questions) - len(unknown)
+        self._missing += reasons.total()
+        return answers
 
-    async def _ask_all(self, questions: Sequence[Question]) -> list[Answer | Fault]:
-        gate = asyncio.Semaphore(self._concurrency)
-        try:
-            async with (
-                httpx2.AsyncClient(headers=self._headers, timeout=self._timeout_s) as client,
-                asyncio.TaskGroup() as group,
-            ):
-                tasks = [group.create_task(self._ask(client, gate, question)) for question in questions]
-        except ExceptionGroup as several:
-            raise several.exceptions[0] from None
-        return [task.result() for task in tasks]
+    def _key(self, request: Mapping[str, Any]) -> str:
+        return hashlib.sha256(f"{self._endpoint.url}\n{json.dumps(request, sort_keys=True)}".encode()).hexdigest()
 
-    async def _ask(self, client: httpx2.AsyncClient, gate: asyncio.Semaphore, question: Question) -> Answer | Fault:
-        request = self._request | {"messages": _messages(question)}
-        key = hashlib.sha256(f"{self._url}\n{json.dumps(request, sort_keys=True)}".encode()).hexdigest()
-        if (known := self._cache.get(key)) is not None:
-            self._count(cached=1)
-            return known
-        async with gate:
-            try:
-                async with asyncio.timeout(self._deadline_s):
-                    answer = await self._answer(client, request, question)
-            except TimeoutError:
-                return Fault(f"none within {self._deadline_s:g} s")
-            except Fault as fault:
-                if fault.unreachable:
-                    raise ScoringError(
-                        f"nothing answers at {self._url} ({fault}): start the judge there, or mend its base_url"
-                    ) from None
-                return fault
-        self._cache.put(key, answer)
-        return answer
-
-    async def _answer(self, client: httpx2.AsyncClient, request: Mapping[str, Any], question: Question) -> Answer:
-        """The answer, asked for again as long as that may help."""
-        for attempt in range(self._retries + 1):
-            try:
-                return read_answer(await self._send(client, request), question.answers)
-            except Fault as fault:
-                hopeless = fault.unreachable and not self._answered  # a wrong address, more likely than an outage
-                if not fault.again or hopeless or attempt == self._retries:
-                    raise
-                wait = self._backoff_s * 2**attempt * random.uniform(0.75, 1.25)  # not all at the same moment
-                await asyncio.sleep(min(max(wait, fault.after or 0.0), LONGEST_WAIT_S))
-        raise AssertionError("the last attempt returns or raises")
-
-    async def _send(self, client: httpx2.AsyncClient, request: Mapping[str, Any]) -> Mapping[str, Any]:
-        """The first choice of the reply to one request."""
-        self._count(requests=1)
-        try:
-            response = await client.post(self._url, json=request)
-        except httpx2.ConnectError as error:
-            raise Fault(str(error) or "no connection", again=True, unreachable=True) from None
-        except httpx2.TimeoutException:
-            raise Fault(f"no reply within {self._timeout_s:g} s", again=True) from None
-        except httpx2.HTTPError as error:
-            raise Fault(f"the connection broke: {type(error).__name__}", again=True) from None
-        self._answered = True
-        self._check(response)
-        try:
-            reply = response.json()
-            choice = reply["choices"][0]
-            tokens = reply.get("usage") or {}
-            used = [int(tokens.get(name) or 0) for name in ("prompt_tokens", "completion_tokens")]
-        except (ValueError, KeyError, IndexError, TypeError, AttributeError):
-            raise Fault("the reply is no chat completion", again=True) from None
-        cost = sum(count * price for count, price in zip(used, self._price, strict=True)) / 1e6
-        self._count(prompt_tokens=used[0], completion_tokens=used[1], cost=cost)
-        return choice
-
-    def _check(self, response: httpx2.Response) -> None:
-        status = response.status_code
-        if status == 200:
-            return
-        said = " ".join(response.text.split())[:200]
-        if status in (401, 403):
-            raise ConfigError(f"the judge at {self._url} refuses the key (HTTP {status}): set {self._api_key_env}")
-        if status == 404:
-            raise ConfigError(
-                f"the judge at {self._url} knows no such address or model {self._request['model']!r} (HTTP 404: {said})"
-            )
-        after = response.headers.get("retry-after", "")
-        again = status == 429 or status >= 500
-        raise Fault(f"HTTP {status}: {said}", again=again, after=float(after) if after.isdecimal() else None)
-
-    def _count(self, **more: float) -> None:
-        self.usage = replace(self.usage, **{name: getattr(self.usage, name) + value for name, value in more.items()})
-
-
-def _run(coroutine: Coroutine[Any, Any, T]) -> T:
-    """`asyncio.run` in a thread of its own, as a notebook has a loop running in this one. A daemon: an interrupt of
-    this thread need not wait for it."""
-    future: Future[T] = Future()
-
-    def work() -> None:
-        try:
-            future.set_result(asyncio.run(coroutine))
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=work, daemon=True).start()
-    return future.result()
+    @property
+    def usage(self) -> Usage:
+        """What all answers so far took."""
+        endpoint, (of_prompts, of_answers) = self._endpoint, self._price
+        return Usage(
+            asked=self._asked,
+            cached=self._cached,
+            missing=self._missing,
+            requests=endpoint.requests,
+            prompt_tokens=endpoint.prompt_tokens,
+            completion_tokens=endpoint.completion_tokens,
+            cost=(endpoint.prompt_tokens * of_prompts + endpoint.completion_tokens * of_answers) / 1e6,
+        )
 
 
 def _messages(question: Question) -> list[dict[str, Any]]:

@@ -1,7 +1,7 @@
 """Simulated feedback: the embedded world's exact oracle behind the interface of a judge, with noise at a stated rate.
 
-It reads pictures of the embedded world and nothing else. What is learned from it says how the method works, not how
-good a judge some model is.
+It judges pictures and reviews of the embedded world and nothing else. What is learned from it says how the method
+works, not how good a judge some model is.
 """
 
 from __future__ import annotations
@@ -15,10 +15,12 @@ from raftdiff.principles import Principle
 from raftdiff.registry import nearest
 from raftdiff.shapes import oracle
 from raftdiff.shapes.captions import Caption, parse
+from raftdiff.shapes.reviews import polarity
 from raftdiff.types import Sample
 
 from . import images
 from .judge import Judge
+from .texts import completion
 
 NATS = 4.0  # log-odds of a preference for all of a quality over nothing of it
 
@@ -78,7 +80,7 @@ def _measure(principle: Principle) -> Amount:
     if principle.name not in MEASURES:
         raise ConfigError(
             f"the judge `oracle` cannot judge {principle.name!r}{nearest(principle.name, MEASURES)}: it knows the"
-            f" embedded world alone ({', '.join(MEASURES)}); use --principles shapes, or another judge"
+            f" embedded world alone ({', '.join(MEASURES)}); use --principles shapes or shapes-text, or another judge"
         )
     return MEASURES[principle.name]
 
@@ -123,5 +125,6 @@ MEASURES: dict[str, Amount] = {
     "background": _asked("background"),
     "aesthetic": _aesthetic,
     "overall": _overall,
+    "tone": lambda sample: (1 + polarity(completion(sample))) / 2,
     "coin": lambda sample: chance("coin", sample.id),  # a quality that means nothing, as a control
 }

@@ -62,8 +62,6 @@ class PreferenceReward:
     prompt, and their mean over the samples that the model was trained on is 0.
     """
 
-    differentiable = False
-
     def __init__(
         self,
         path: str | Path,

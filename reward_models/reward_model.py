@@ -30,7 +30,6 @@ class RewardModel:
     """
 
     modality: Modality = "text"
-    differentiable = False
 
     def __init__(
         self,

@@ -17,7 +17,6 @@ class SentimentReward:
     """How positive the words of an English text are, -1 to 1, by the lexicon of VADER; it needs no model."""
 
     modality: Modality = "text"
-    differentiable = False
 
     def __init__(self, *, with_prompt: bool = False, name: str = "sentiment") -> None:
         """`with_prompt` judges prompt and completion as one text, where the one continues the other."""

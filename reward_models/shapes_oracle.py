@@ -23,7 +23,6 @@ class ShapesOracleReward:
     """
 
     modality: Modality = "image"
-    differentiable = False
 
     def __init__(self, *, strict: bool = False, name: str | None = None) -> None:
         self.name = name or ("shapes-strict" if strict else "shapes-oracle")
@@ -46,7 +45,6 @@ class ShapesRatingReward:
     """The embedded world's true aesthetic rating of the picture, 1 to 10, read off its pixels."""
 
     modality: Modality = "image"
-    differentiable = False
 
     def __init__(self, *, name: str = "shapes-rating") -> None:
         self.name = name

@@ -22,7 +22,6 @@ class ShapesTranslationReward:
     """
 
     modality: Modality = "text"
-    differentiable = False
 
     def __init__(self, *, strict: bool = False, name: str | None = None) -> None:
         self.name = name or ("shapes-translation-strict" if strict else "shapes-translation")

@@ -22,7 +22,6 @@ class LengthReward:
     """How close the text is to a length in words or characters, or how short it is: 0 at best, else negative."""
 
     modality: Modality = "text"
-    differentiable = False
 
     def __init__(self, *, target: int | None = None, unit: Unit = "words", name: str = "length") -> None:
         """Minus the distance to `target`; without one, minus the length. Words are what white space separates.
@@ -53,7 +52,6 @@ class RepetitionReward:
     """
 
     modality: Modality = "text"
-    differentiable = False
 
     def __init__(self, *, n: int = 4, name: str = "repetition") -> None:
         """Raises ConfigError where `n` is not 1 or more."""
@@ -75,7 +73,6 @@ class RegexReward:
     """Whether a regular expression is found in the text, 0 or 1, or how often it is."""
 
     modality: Modality = "text"
-    differentiable = False
 
     def __init__(self, pattern: str, *, count: bool = False, name: str = "regex") -> None:
         """`pattern` is searched anywhere, as Python's `re` does: `(?i)` at its beginning ignores case, and `\\A` and
@@ -103,7 +100,6 @@ class ExactMatchReward:
     """Whether the text is the answer that came with the prompt, 0 or 1."""
 
     modality: Modality = "text"
-    differentiable = False
 
     def __init__(self, key: str = "answer", *, ignore_case: bool = False, name: str = "exact-match") -> None:
         """`key` is the column of the prompt file that holds the answer, or a list of right answers. White space at the

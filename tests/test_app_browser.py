@@ -378,6 +378,7 @@ def test_empty_states_say_what_to_do(runs, visit, tmp_path):
         tab(page, "Compare")
         draw(page, seeds="0")
         assert columns(page) == ["base"]
+        page.close()  # before its server, which it goes on asking
 
 
 # ------------------------------------------------------------------------------------------------ killed under voters

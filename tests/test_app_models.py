@@ -139,6 +139,16 @@ def test_a_lora_that_is_missing_or_of_another_model_is_refused(tmp_path, models)
     assert torch.equal(pixels(models, alone()), stock())
 
 
+def test_a_damaged_lora_is_told_of_and_the_others_can_be_drawn_with(tmp_path, models, loras):
+    file = tmp_path / "cut-off.safetensors"
+    file.write_bytes(b"half a header")
+    models.loras["cut-off"] = LoraFile(name="cut-off", path=file)
+    [line] = models.differing()
+    assert line.startswith(f"{file} cannot be read as safetensors")
+    assert torch.equal(pixels(models, alone("one")), stock(loras["one"]))
+    assert models.differing() == [line], "a LoRA that is on the base makes it another base"
+
+
 def test_pickled_weights_are_not_read(tmp_path, models):
     (tmp_path / "pickled").mkdir()
     torch.save({"unet.x": torch.zeros(1)}, tmp_path / "pickled" / "pytorch_lora_weights.bin")
@@ -225,6 +235,31 @@ def test_turns_are_one_at_a_time_in_order_and_the_line_has_an_end():
         with pytest.raises(Cancelled), turns.turn(cancelled):
             pass
     assert turns.waiting == 0
+
+
+def test_when_the_app_ends_what_draws_and_what_waits_stops_before_it_does(models):
+    drawing, ends = threading.Event(), []
+
+    def draw() -> None:
+        try:
+            with models.turns.turn():
+                models.draw(alone(), "a", [1], Drawing(steps=900, guidance=1.0), progress=lambda *_: drawing.set())
+        except Cancelled as error:
+            ends.append(str(error))
+
+    threads = [threading.Thread(target=draw) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    assert drawing.wait(10)
+    while not models.turns.waiting:
+        threads[1].join(0.01)
+    models.turns.close(10)
+    assert not models.turns.busy
+    for thread in threads:
+        thread.join(10)
+    assert len(ends) == 2
+    with pytest.raises(Cancelled), models.turns.turn():
+        pass
 
 
 def test_a_reader_who_leaves_stops_the_work():

@@ -106,7 +106,7 @@ def test_sampling_shrinks_its_batches_and_makes_the_same_pictures(caplog):
 
 def test_a_reward_is_given_smaller_batches_until_they_fit():
     class Small:
-        name, modality, differentiable = "small", "image", False
+        name, modality = "small", "image"
 
         def __init__(self) -> None:
             self.sizes: list[int] = []
@@ -124,7 +124,7 @@ def test_a_reward_is_given_smaller_batches_until_they_fit():
 
 def test_a_reward_that_has_no_room_for_one_picture_stops_the_run_with_one_line():
     class Large:
-        name, modality, differentiable = "large", "image", False
+        name, modality = "large", "image"
 
         def score(self, samples):
             raise torch.OutOfMemoryError("no room")

@@ -224,11 +224,32 @@ def test_settings_on_the_command_line_replace_those_of_the_file(write):
     assert config.training.steps == 2
 
 
+def test_sections_that_the_file_does_not_have_are_set_on_the_command_line(write):
+    writer = ("--prompts.writer.path", "shapes", "--prompts.writer.max-new-tokens=7")
+    shown = call(
+        "show-config", write(), "--data.path=mine", "--data.share", "0.5", *writer, "--evaluation.prompts", "a"
+    )
+    config = parse_config(yaml.safe_load(shown.out), where="")
+    assert config.data is not None and (config.data.path, config.data.share) == ("mine", 0.5)
+    assert config.prompts.writer is not None and config.prompts.writer.max_new_tokens == 7
+    over = call("show-config", write(data={"path": "theirs"}), "--data.share", "0.5")
+    assert yaml.safe_load(over.out)["data"] == {"path": "theirs", "share": 0.5}
+    lacking = call("show-config", write(), "--data.share", "0.5")
+    assert lacking.code == 2 and "--data.path" in lacking.err and lacking.out == ""
+
+
 OPTIONS = {
     "demo": ["{image,text}", "--output", "--seed"],
     "train": ["run.yaml", "--preset", "--allow-code", "--rounds", "--training.learning-rate", "--adapter.rank"],
     "resume": ["folder", "--rounds", "--allow-code"],
-    "show-config": ["run.yaml", "--preset", "--allow-code", "--sampling.samples-per-prompt", "--tracker"],
+    "show-config": [
+        "run.yaml",
+        "--preset",
+        "--allow-code",
+        "--sampling.samples-per-prompt",
+        "--tracker",
+        "--data.path",
+    ],
     "sample": [
         "--model",
         "--lora",

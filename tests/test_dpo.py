@@ -232,7 +232,7 @@ def test_options_from_a_file_have_the_types_of_their_fields():
 
     assert dpo(beta="1e3") == dpo(beta=1000) == Dpo(beta=1000.0)  # what YAML makes of 1e3 is text
     for beta in ("large", None, [1]):
-        with pytest.raises(ConfigError, match=r"algorithm\.options\.beta: Input should be a valid number"):
+        with pytest.raises(ConfigError, match=r"dpo: option 'beta': Input should be a valid number"):
             dpo(beta=beta)
     with pytest.raises(ConfigError, match="pairing is 3"):
         dpo(pairing=3)

@@ -31,11 +31,12 @@ from transformers import (
 
 from raftdiff.build import build_reward
 from raftdiff.config import RewardConfig
+from raftdiff.endpoint import Fault
 from raftdiff.errors import ConfigError, ScoringError, StorageError, WeightsError
 from raftdiff.principles import Principle, load_principles
 from raftdiff.protocols import Reward
 from raftdiff.reward_models.judge import Comparison, JudgeReward, build_judge, grade_question, pair_question
-from raftdiff.reward_models.judge_endpoint import EndpointJudge, Fault, read_answer
+from raftdiff.reward_models.judge_endpoint import EndpointJudge, read_answer
 from raftdiff.reward_models.judge_local import LocalJudge
 from raftdiff.reward_models.judge_oracle import OracleJudge
 from raftdiff.scoring import score_parts
@@ -362,8 +363,8 @@ def test_the_reward_gives_nan_for_what_is_missing_and_scoring_counts_it(tmp_path
         ({"principle": "text/detail"}, "the judge 'endpoint' needs the option 'model'"),
         ({"principle": "text/detail", "judge": "oracle", "nois": 0.1}, "has no option 'nois'; did you mean 'noise'?"),
         ({"principle": "text/detail", "judge": "oracle", "noise": 2}, "noise of the judge `oracle` is 2"),
-        ({"principle": "text/detail", "model": "m", "retries": "x"}, "option 'retries' of the judge 'endpoint': Input"),
-        ({"principle": "text/detail", "model": "m", "price": [1]}, "option 'price' of the judge 'endpoint': Field"),
+        ({"principle": "text/detail", "model": "m", "retries": "x"}, "the judge 'endpoint': option 'retries': Input"),
+        ({"principle": "text/detail", "model": "m", "price": [1]}, "the judge 'endpoint': option 'price': Field"),
     ],
 )
 def test_bad_options_are_refused_in_one_line(options, message):
@@ -399,6 +400,15 @@ def test_averaging_both_orders_takes_a_position_bias_out_of_the_oracle():
     (color,) = load_principles(["shapes/color"])
     found = [c.preference for c in OracleJudge(position_bias=1.0).compare(pairs, color)]
     assert found == [0.5] * 50
+
+
+def test_the_oracle_judges_how_reviews_are_meant_exactly():
+    texts = "is charming but a sad waste.", "is charming and witty.", "is a sad waste."
+    mixed, kind, unkind = (Sample(id=text, prompt=Prompt(text="Review: This"), seed=0, text=text) for text in texts)
+    (tone,) = load_principles(["shapes-text"])
+    found = OracleJudge().compare([(kind, unkind), (unkind, mixed)], tone)
+    assert [comparison.preference for comparison in found] == [1.0, 0.0]
+    assert OracleJudge().grade([kind, unkind], tone) == [9.0, 1.0]
 
 
 def test_the_oracle_knows_the_embedded_world_alone():

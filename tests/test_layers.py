@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = (
     {"app", "cli", "train"},
     {"compare"},
-    {"build", "plan", "export", "best_of_n", "feedback", "pictures", "rescore", "soup"},
+    {"build", "plan", "export", "best_of_n", "feedback", "pictures", "rescore", "soup", "writer"},
     {"rounds"},
     {"sampling", "scoring", "training", "evaluation", "store", "report", "card", "display"},
     {"algorithms", "pipelines", "reward_models"},
@@ -29,6 +29,7 @@ LAYERS = (
         "config",
         "shapes",
         "data",
+        "endpoint",
         "batches",
         "checkpoint",
         "ledger",

@@ -131,6 +131,17 @@ def test_the_error_is_the_negative_log_likelihood_of_the_completion_alone(family
             torch.testing.assert_close(single, error_B[i].detach())
 
 
+@every_family
+def test_logits_are_made_of_completions_alone_and_of_states_that_lie_together(family: str):
+    policy, seen = policy_of(family), []
+    samples = policy.sample(ASKED, SEEDS)
+    policy.model.get_output_embeddings().register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    policy.log_prob(samples, [None] * len(samples))
+    (states_BTD,) = seen
+    assert states_BTD.shape[:2] == (len(samples), 1 + max(map(len, tokens(samples))))
+    assert states_BTD.is_contiguous()  # of a view, a CPU's product copies the weights for each row
+
+
 def test_what_a_model_is_set_to_generate_by_does_not_bend_the_samples():
     model = tiny_language_model()
     bent = GenerationConfig(repetition_penalty=5.0, min_new_tokens=6, do_sample=True, top_k=1, eos_token_id=1)
@@ -182,6 +193,17 @@ def test_without_a_padding_token_texts_are_padded_with_the_end_token(caplog):
     bare.stop = ["red"]
     whole = policy_of(stop=["red"])
     assert tokens(bare.sample(ASKED, SEEDS)) == tokens(whole.sample(ASKED, SEEDS))
+
+
+def test_without_an_end_token_every_text_is_as_long_as_it_may_be(caplog):
+    model = tiny_language_model()
+    model.tokenizer.eos_token = model.transformer.generation_config.eos_token_id = None
+    policy = policy_of(model=model, max_new_tokens=30)
+    assert "the tokenizer has no end token" in caplog.text
+    samples = policy.sample(ASKED * 4, range(16))
+    assert {len(row) for row in tokens(samples)} == {30} and not any(s.completion.finished for s in samples)
+    (own,) = policy.encode_outputs(ASKED[:1], ["good"])
+    assert tokens([own]) == [[GOOD]]
 
 
 def test_a_chat_template_is_applied_where_there_is_one():

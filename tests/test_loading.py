@@ -469,5 +469,9 @@ def test_a_lora_of_another_base_is_refused(tmp_path: Path):
     wider.unet = tiny_models.unet(cross_attention_dim=2 * tiny_models.WIDTH)
     with refused(r".* does not fit StableDiffusionPipeline: .*; use the base that it was trained from", WeightsError):
         load_lora(wider, str(tmp_path))
-    with refused(r".*: there is no LoRA; a finished run has one in its folder `lora`", WeightsError):
+    with refused(r".*: there is no LoRA in safetensors; a finished run has one in its folder `lora`", WeightsError):
         load_lora(build("sd-eps"), str(tmp_path / "nowhere"))
+    [file] = tmp_path.glob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:100])
+    with refused(r".*\.safetensors cannot be read as safetensors .*; export or download it again", WeightsError):
+        load_lora(build("sd-eps"), str(tmp_path))

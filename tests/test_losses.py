@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from raftdiff.losses import clipped_ratio, kl_estimate, masked_mean, preference, weighted_error
+from raftdiff.losses import clipped_ratio, gold, kl_estimate, masked_mean, preference, weighted_error
 
 
 def test_weighted_error_is_weight_times_error_with_gradients_to_the_error_alone():
@@ -17,6 +17,17 @@ def test_weighted_error_is_weight_times_error_with_gradients_to_the_error_alone(
     loss_B.sum().backward()
     assert error_B.grad is not None and error_B.grad.tolist() == [1.0, 4.0, -1.0]
     assert metrics["error"].tolist() == [2.0, 0.5, 3.0] and not metrics["error"].requires_grad
+
+
+def test_gold_weighs_each_token_by_its_likelihood_of_which_no_gradient_is_taken():
+    log_prob_BT = torch.tensor([[0.5, 0.05], [0.25, 1.0]]).log().requires_grad_()  # the second text has one token
+    loss_B, metrics = gold(log_prob_BT, torch.tensor([2.0, 0.5]), least=0.1)
+    expected = [-2 * (0.5 * math.log(0.5) + 0.1 * math.log(0.05)), -0.5 * 0.25 * math.log(0.25)]
+    torch.testing.assert_close(loss_B, torch.tensor(expected))
+    loss_B.sum().backward()
+    assert log_prob_BT.grad is not None
+    torch.testing.assert_close(log_prob_BT.grad[0], torch.tensor([-1.0, -0.2]))
+    torch.testing.assert_close(metrics["error"], torch.tensor([-math.log(0.5 * 0.05), -math.log(0.25)]))
 
 
 # -- preferences -------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ GOOD = "name: warmth\nmodality: image\ndirection: more\nwording: warm light\n"
 
 def test_every_principle_that_ships_reads_and_is_called_like_its_file():
     files = sorted(SETS.glob("*/*.yaml"))
-    assert {file.parent.name for file in files} == set(principle_sets()) == {"image", "text", "shapes"}
+    assert {file.parent.name for file in files} == set(principle_sets()) == {"image", "text", "shapes", "shapes-text"}
     assert [read_principle(file).name for file in files] == [file.stem for file in files]
 
 
@@ -24,7 +24,7 @@ def test_the_twelve_of_the_paper_are_there_and_three_of_them_are_to_be_least():
 
 
 def test_the_oracle_can_judge_every_principle_of_the_embedded_world():
-    assert {principle.name for principle in load_principles(["shapes"])} <= MEASURES.keys()
+    assert {principle.name for principle in load_principles(["shapes", "shapes-text"])} <= MEASURES.keys()
 
 
 def test_principles_come_from_sets_single_names_files_and_folders(tmp_path):

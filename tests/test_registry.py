@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import pytest
+import torch
 
 from raftdiff.errors import ConfigError, MissingExtraError
-from raftdiff.registry import ALGORITHMS, POLICIES, REWARDS, Registry, nearest
+from raftdiff.registry import ALGORITHMS, POLICIES, REWARDS, Registry, checked_options, nearest
 
 
 @pytest.fixture
@@ -60,6 +63,32 @@ def test_an_unknown_name_is_refused_with_the_nearest_and_the_list():
 
 def test_nearest_is_silent_where_nothing_is_near():
     assert nearest("zzz", ["clip", "jpeg"]) == ""
+
+
+CPU = torch.device("cpu")
+
+
+class Unit:
+    def __init__(self, size: float, *, way: Literal["up", "down"] = "up", device: torch.device = CPU) -> None: ...
+
+
+def test_options_from_a_file_have_the_types_of_their_parameters():
+    options = {"size": "1e3", "way": "left", "device": "cpu"}
+    read = checked_options(Unit, options, "the unit", page="docs/unit.md")
+    assert read == {"size": 1000.0, "way": "left", "device": "cpu"}  # the latter two are for the unit to read
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ({"size": 1, "devise": 0}, "the unit has no option 'devise'; did you mean 'device'? (it has size, way"),
+        ({}, "the unit needs the option 'size': docs/unit.md"),
+        ({"size": "big"}, "the unit: option 'size': Input should be a valid number, unable to parse"),
+    ],
+)
+def test_options_that_a_unit_does_not_take_are_refused_in_one_line(options: dict, line: str):
+    with pytest.raises(ConfigError, match=re.escape(line)):
+        checked_options(Unit, options, "the unit", page="docs/unit.md")
 
 
 def test_code_needs_the_flag(other_package: str):

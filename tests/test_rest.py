@@ -15,9 +15,12 @@ from tiny_runs import PointPolicy, Told, exported, in_child, pipeline_run, redne
 
 from raftdiff.algorithms.raft import Raft
 from raftdiff.algorithms.rest import Rest
+from raftdiff.build import check_needs
 from raftdiff.config import RunConfig
 from raftdiff.errors import ConfigError
 from raftdiff.interrupts import Interrupted
+from raftdiff.pipelines.diffusion import DiffusionPolicy
+from raftdiff.pipelines.llm import LanguagePolicy
 from raftdiff.report import read_metrics
 from raftdiff.rounds import run_rounds
 from raftdiff.store import SampleStore
@@ -154,6 +157,19 @@ def test_bvmpo_adds_a_lambda_that_falls_from_1_to_1e_5_to_the_weight_of_every_sa
     assert weights(rest, groups) == {"a-1": vmpo["a-1"] + 1, "a-0": 1.0, "b-1": vmpo["b-1"] + 1, "b-0": 1.0}
     assert weights(rest, groups, improve=1)["a-0"] == pytest.approx(10**-2.5)
     assert weights(rest, groups, improve=2)["a-0"] == pytest.approx(1e-5)
+
+
+def test_gold_weighs_by_the_reward_scaled_over_all_prompts_and_the_worst_of_all_falls_out():
+    rest = Rest(rule="global", thresholds=[0.0], loss_type="gold")
+    found = weights(rest, GROUPS)
+    assert found == {f"hard-{k}": k / 10 for k in (1, 2, 3)} | {f"easy-{k}": (7 + k) / 10 for k in range(4)}
+
+
+def test_gold_is_for_policies_with_tokens():
+    assert Rest(loss_type="gold").needs == ("token_log_prob",) and Rest().needs == ()
+    check_needs(Rest(loss_type="gold"), "rest", LanguagePolicy)
+    with pytest.raises(ConfigError, match="algorithm rest needs token_log_prob, which DiffusionPolicy does not have"):
+        check_needs(Rest(loss_type="gold"), "rest", DiffusionPolicy)
 
 
 def test_oac_weighs_by_the_advantage_in_its_deviations_and_clips_it():
@@ -320,7 +336,8 @@ def test_a_run_raises_its_reward(tmp_path):
     ("options", "words"),
     [
         ({"rule": "percentil"}, "did you mean 'percentile'"),
-        ({"loss_type": "gold"}, "there are bc, vmpo, bvmpo, oac"),
+        ({"loss_type": "silver"}, "there are bc, vmpo, bvmpo, oac, gold"),
+        ({"least_importance": 1.5}, "at most 1"),
         ({"thresholds": []}, "give a list of numbers"),
         ({"thresholds": 0.9}, "give a list of numbers"),
         ({"thresholds": "0.9"}, "give a list of numbers"),

@@ -120,7 +120,7 @@ class TestEveryReward:
 
     def test_keeps_the_contract(self, reward):
         assert isinstance(reward, Reward)
-        assert reward.modality in ("image", None) and not reward.differentiable
+        assert reward.modality in ("image", None)
         value_B = reward.score([sample(noise(16, 16)), sample(circle())])
         assert value_B.dtype == torch.float32 and value_B.shape == (2,) and not value_B.requires_grad
         assert reward.score([]).shape == (0,)

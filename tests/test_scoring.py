@@ -7,10 +7,20 @@ import math
 
 import pytest
 import torch
+from tiny_runs import three_weights_run, tiny_config
 
 from raftdiff.errors import ConfigError, ScoringError
 from raftdiff.objectives import STD_FLOOR
-from raftdiff.scoring import Combination, WeightedReward, combined, score, score_parts, standardize
+from raftdiff.rounds import run_rounds
+from raftdiff.scoring import (
+    Combination,
+    WeightedReward,
+    combined,
+    score,
+    score_parts,
+    standardize,
+    warn_of_constants,
+)
 from raftdiff.types import Moments, Prompt, Sample
 
 NAN, INFINITY = math.nan, math.inf
@@ -32,8 +42,6 @@ def make_samples(count: int, flawed: tuple[int, ...] = ()) -> list[Sample]:
 
 class Table:
     """A reward that looks its values up by sample id, raises where the value is an exception, and notes what it saw."""
-
-    differentiable = False
 
     def __init__(self, values, *, name="table", modality="image"):
         self.values, self.name, self.modality = values, name, modality
@@ -244,3 +252,13 @@ class TestCombination:
         values = {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([5.0, NAN])}
         how = Combination(weights={"a": 1.0, "b": 0.0}, how="sum", floors={"b": 5.0})
         assert [s.missed for s in combined(make_samples(2), values, how)] == [(), ("b",)]
+
+
+def test_a_round_says_which_reward_is_the_same_for_all_of_its_samples(tmp_path, caplog):
+    run_rounds(three_weights_run(tiny_config(tmp_path, rounds=1), reward=lambda images, prompts: [3.0] * len(images)))
+    lines = [record.getMessage() for record in caplog.records if record.name == "raftdiff.scoring"]
+    assert lines == ["reward 'redness' is 3 for each of the round's 8 samples: it chooses none of them"]
+    caplog.clear()
+    values = {"watched": torch.ones(2), "varied": torch.tensor([1.0, 2.0, math.nan]), "lone": torch.ones(1)}
+    warn_of_constants(values, {"watched": 0.0, "varied": 1.0, "lone": 1.0})
+    assert not caplog.records

@@ -308,7 +308,7 @@ class TestEveryTextReward:
         return build_reward(RewardConfig(name=request.param, options={**OPTIONS[request.param], **model})).reward
 
     def test_keeps_the_contract(self, reward):
-        assert isinstance(reward, Reward) and reward.modality == "text" and not reward.differentiable
+        assert isinstance(reward, Reward) and reward.modality == "text"
         judged = [sample(text, answer="red") for text in ("red", "a red circle", "", "a red circle a red circle")]
         value_B = reward.score(judged)
         assert value_B.dtype == torch.float32 and value_B.shape == (4,) and not value_B.requires_grad

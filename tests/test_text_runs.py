@@ -76,6 +76,7 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
             "options": {"rule": "interpolation", "thresholds": [0.8, 0.9], "learning_rate_decay": 1.0},
         }
     },
+    "rest-gold": {"algorithm": {"name": "rest", "options": {"thresholds": [0.5, 0.75], "loss_type": "gold"}}},
     "dpo": {"algorithm": {"name": "dpo", "options": {"beta": 0.1}}},
     "rwr": {"algorithm": {"name": "rwr", "options": {"beta": 0.1}}},
     "policy-gradient": {"algorithm": {"name": "policy-gradient", "options": {"kl_beta": 0.001}}},

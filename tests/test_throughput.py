@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from tiny_models import FAMILIES
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks import architectures
+from benchmarks import architectures, throughput_text
 from benchmarks.throughput import Bare, flops_of, fresh_prompts, in_turn
 from raftdiff.config import AdapterConfig
 from raftdiff.pipelines.diffusion import DiffusionPolicy
@@ -64,3 +65,24 @@ def test_what_is_compared_is_run_in_turn():
     seconds = in_turn({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, repeats=2)
     assert calls == ["a", "b"] * 3  # the first of each is not measured
     assert seconds.keys() == {"a", "b"} and all(s >= 0 for s in seconds.values())
+
+
+@pytest.mark.parametrize(("name", "parameters"), [("llama100m", 100_449_920), ("llama8b", 8_030_261_248)])
+def test_the_language_models_are_as_large_as_they_are_called(name, parameters):
+    with torch.device("meta"):
+        made = LlamaForCausalLM(LlamaConfig(**throughput_text.LOADS[name].shape))
+    assert sum(p.numel() for p in made.parameters()) == parameters
+
+
+def test_the_plain_loss_of_texts_is_that_of_the_policy_with_its_gradient():
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    load = throughput_text.Load(shape=shape | {"vocab_size": 1536}, rows=3, prompt=8, written=5, training_rows=3)
+    policy = throughput_text.subject(load, "fp32")
+    samples = throughput_text.completed(policy, throughput_text.prompts(load, 3), load.written)
+    inputs = throughput_text.rows(policy, samples)
+    assert inputs["attention_mask"].sum(1).tolist() == [1 + 4 + 5, 1 + 6 + 5, 1 + 8 + 5]  # begin, prompt, completion
+    losses = throughput_text.loss(policy, samples), throughput_text.plain_loss(policy, inputs)
+    torch.testing.assert_close(*losses)
+    ours, plain = (torch.autograd.grad(loss, policy.parameters(), allow_unused=True) for loss in losses)
+    torch.testing.assert_close(ours, plain)
+    assert [len(s.completion.tokens_T) for s in policy.sample([s.prompt for s in samples], [0, 1, 2])] == [5, 5, 5]

@@ -13,15 +13,19 @@ from pathlib import Path
 
 from benchmarks.common import arguments, console
 
-# Those that share runs stand in one line, so that no two processes make the same run.
+# Those that share runs stand in one line, so that no two processes make the same run; the longest lines come first.
 LINES = (
-    ("r5",),
     ("r1", "r3"),
     ("s1", "s2", "s6", "s4", "s5"),
     ("d4", "d5", "d6"),
+    ("m1", "m2", "m6", "m3", "m5"),
+    ("r5",),
+    ("r2", "r3t", "ppo"),
+    ("s2t", "s5t", "s3", "s4t"),
     ("r6",),
+    ("d3",),
+    ("m4",),
     ("r4", "d1", "d2"),
-    ("r2", "r3t", "ppo", "s2t", "s3"),
 )
 
 

@@ -98,7 +98,7 @@ def main() -> None:
     off = shared | {"model.height": options.size, "model.width": options.size}
     raft = run(configured(options.preset, options.output, "r5-raft", off | RAFT | {"rounds": options.rounds}))
     spent, (by_raft, best) = training_passes(raft.reports), peak(raft)
-    ddpo_settings = off | DDPO[options.ddpo] | {"rounds": 1000, "evaluation.every": 2}
+    ddpo_settings = off | DDPO[options.ddpo] | {"rounds": 1000, "evaluation.every": 4}
     for times in TIMES:
         name = f"r5-ddpo-{options.ddpo}"
         ddpo = run(configured(options.preset, options.output, name, ddpo_settings | {"budget": times * spent}))

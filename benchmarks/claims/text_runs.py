@@ -24,6 +24,7 @@ from raftdiff.types import Interval, Sample
 PRESET = "demo-text"
 METRICS = ("reward", "translation-strict", "diversity")
 SEEN = "shapes-text:translation/64/2"  # what the doses of docs/ppo.md were chosen on
+REVIEWS = "shapes-text:continuation/256/1"
 
 
 def unseen_prompts() -> list[str]:
@@ -43,7 +44,7 @@ def continuation(output: str, name: str, **changes: Any) -> Result:
     settings = {
         "seed": 1,
         "rounds": 2,
-        "prompts.source": "shapes-text:continuation/256/1",
+        "prompts.source": REVIEWS,
         "rewards": [{"name": "sentiment"}],
         "evaluation.rewards": [{"name": "repetition"}],
         "evaluation.prompts": "shapes-text:continuation/96/7",
@@ -53,10 +54,23 @@ def continuation(output: str, name: str, **changes: Any) -> Result:
 
 
 def rest(
-    output: str, name: str, *, grows: int, thresholds: tuple[float, ...], rule: str = "percentile", **changes: Any
+    output: str,
+    name: str,
+    *,
+    grows: int,
+    thresholds: tuple[float, ...],
+    rule: str = "percentile",
+    loss_type: str = "bc",
+    **changes: Any,
 ) -> Result:
     """ReST on translations with so many Grows of one Improve for each threshold."""
-    options = {"rule": rule, "thresholds": list(thresholds), "gate": False, "learning_rate_decay": 0.8}
+    options = {
+        "rule": rule,
+        "thresholds": list(thresholds),
+        "loss_type": loss_type,
+        "gate": False,
+        "learning_rate_decay": 0.8,
+    }
     settings = {
         "rounds": grows * len(thresholds),
         "training.steps": 40,
@@ -71,9 +85,9 @@ def written(result: Result, round: int | None = None) -> list[Sample]:
     return store.read_samples(result.reports[-1].round if round is None else round)
 
 
-def log_ratios(result: Result) -> np.ndarray:
+def log_ratios(result: Result, round: int | None = None) -> np.ndarray:
     """log p - log p_base of those texts, in nats, [N]: their mean is the divergence KL(p || p_base)."""
-    samples = written(result)
+    samples = written(result, round)
     own_N = np.array([float(s.completion.log_prob_T.double().sum()) for s in samples if s.completion is not None])
     return own_N + errors(base_policy(load_config(result.folder / "config.yaml")), samples)
 

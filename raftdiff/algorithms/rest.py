@@ -13,6 +13,7 @@ V(x):
     bvmpo    psi + lambda: KL(behaviour || pi) is, up to a constant, the -log pi of the behaviour's samples;
              lambda falls from 1 to 1e-5 over the Improve steps
     oac      A
+    gold     Q max(pi(y_t|x), u) for each token y_t, of which no gradient is taken, Q = r
 
 Departures from the paper:
 - for images -log pi is its surrogate, the denoising error of `Policy.error`, and V(x) is the mean of the prompt's
@@ -21,7 +22,8 @@ Departures from the paper:
 - the filter stands before the losses, as in the formula above: the better half, and the behaviour of `bvmpo`, are of
   what is above the threshold;
 - `oac` divides A by its deviation over D_g and clips it: a negative weight pushes away from a sample without bound;
-- GOLD, the paper's fourth offline loss, needs the likelihood of each token: there is none for images;
+- `gold` needs the likelihood of each token, so that images do not have it. Its Q is the reward of the whole text, the
+  return of each of its tokens, scaled to [0, 1] by the extremes of D_g: the paper's rewards lie there by themselves;
 - the per-prompt rules always keep the best of a prompt, also where a strict > would keep nothing (equal rewards, a
   single sample, gamma = 1), and `global` keeps everything at the threshold 0;
 - the default rule is `percentile`: scaling to [0, 1] by the extremes of D_g leaves few pictures above .9.
@@ -34,23 +36,23 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
 from ..config import RunConfig
 from ..errors import ConfigError
-from ..losses import weighted_error
-from ..protocols import Algorithm, Policy
+from ..losses import gold, weighted_error
+from ..protocols import Algorithm
 from ..registry import check_choice
-from ..selection import above_global, above_interpolation, above_percentile, advantages, vmpo_weights
+from ..selection import above_global, above_interpolation, above_percentile, advantages, scaled, vmpo_weights
 from ..types import Batch, Example, Group, Phase, RoundReport, Scored
 
 logger = logging.getLogger(__name__)
 
 Rule = Literal["global", "percentile", "interpolation"]
-RestLoss = Literal["bc", "vmpo", "bvmpo", "oac"]
+RestLoss = Literal["bc", "vmpo", "bvmpo", "oac", "gold"]
 
 RULES = {"global": above_global, "percentile": above_percentile, "interpolation": above_interpolation}
 LAST_LAMBDA = 1e-5  # of bvmpo, in the last Improve
@@ -70,19 +72,27 @@ class Rest(Algorithm):
     learning_rate_decay: float = 0.5
     """Factor on the learning rate from each Improve to the next; a Grow begins at the configured one."""
     loss_type: RestLoss = "bc"
-    """`bc`: plain training on what is above the threshold; `vmpo`, `bvmpo`, `oac`: weighted by advantage."""
+    """`bc`: plain training on what is above the threshold; `vmpo`, `bvmpo`, `oac`: weighted by advantage; `gold`, of
+    texts: by reward, and each token by its likelihood."""
     epsilon: float = 0.1
     """How far, in nats, the weights of `vmpo` and `bvmpo` are from uniform."""
     advantage_clip: float = 2.0
     """`oac`: bounds of the weights, in deviations of the advantage."""
+    least_importance: float = 0.1
+    """`gold`: what an unlikely token counts at least, u, 0 to 1; 1 is `bc` weighted by reward."""
 
     scores_data = True
+
+    @property
+    def needs(self) -> tuple[str, ...]:  # type: ignore[override]
+        return ("token_log_prob",) if self.loss_type == "gold" else ()
 
     def __post_init__(self) -> None:
         check_choice("rule", self.rule, Rule)
         check_choice("loss_type", self.loss_type, RestLoss)
         self._check_thresholds()
-        for name, most in (("learning_rate_decay", 1.0), ("epsilon", math.inf), ("advantage_clip", math.inf)):
+        limits = {"learning_rate_decay": 1.0, "epsilon": math.inf, "advantage_clip": math.inf, "least_importance": 1.0}
+        for name, most in limits.items():
             value = getattr(self, name)
             if not (math.isfinite(value) and 0 < value <= most):
                 raise ConfigError(f"{name} is {value}; it must be positive" + (" and at most 1" if most == 1 else ""))
@@ -100,10 +110,10 @@ class Rest(Algorithm):
 
     def validate(self, config: RunConfig) -> None:
         """Raise ConfigError where a prompt has no group to compare in, or with replay."""
-        if config.sampling.samples_per_prompt < 2 and (self.rule != "global" or self.loss_type != "bc"):
+        if config.sampling.samples_per_prompt < 2 and (self.rule != "global" or self.loss_type not in ("bc", "gold")):
             raise ConfigError(
                 f"ReST with rule {self.rule} and loss_type {self.loss_type} compares the samples of a prompt: set "
-                "sampling.samples_per_prompt >= 2, or rule: global with loss_type: bc"
+                "sampling.samples_per_prompt >= 2, or rule: global with loss_type: bc or gold"
             )
         if config.algorithm.replay:
             raise ConfigError("ReST trains on the last Grow, in every Improve again: leave out algorithm.replay")
@@ -137,6 +147,9 @@ class Rest(Algorithm):
     def _weights(self, groups: Sequence[Group], kept: Sequence[Scored], improve: int) -> list[float]:
         if self.loss_type == "bc" or not kept:
             return [1.0] * len(kept)
+        if self.loss_type == "gold":
+            return_of = scaled(groups)
+            return [return_of[scored.sample.id] for scored in kept]
         advantage = advantages(groups)
         advantage_N = [advantage[scored.sample.id] for scored in kept]
         if self.loss_type == "oac":
@@ -149,6 +162,8 @@ class Rest(Algorithm):
         """From 1 in the first Improve to LAST_LAMBDA in the last, by the same factor each time."""
         return LAST_LAMBDA ** (improve / max(1, len(self.thresholds) - 1))
 
-    def loss(self, policy: Policy, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The weight times the policy's error: the negative log-likelihood, or its surrogate."""
+    def loss(self, policy: Any, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The weight times the error, the negative log-likelihood or its surrogate; or `gold` of the tokens."""
+        if self.loss_type == "gold":
+            return gold(policy.token_log_prob(batch.samples), batch.weight_B, least=self.least_importance)
         return weighted_error(policy.error(batch.samples, batch.draw), batch.weight_B)

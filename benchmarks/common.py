@@ -113,7 +113,8 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> 
 
 def verdict(claim: str, holds: bool, detail: str) -> None:
     """The one line that a claim's benchmark ends with."""
-    console.print(f"{claim}: {'holds' if holds else 'does not hold'} here. {detail}", highlight=False, markup=False)
+    said = f"{claim} {'holds' if holds else 'does not hold'}: {detail}"
+    console.print(said, highlight=False, markup=False, soft_wrap=True)
 
 
 def finished(folder: Path) -> bool:

@@ -22,6 +22,7 @@ from . import images
 from .judge import Judge
 from .texts import completion
 
+LONG_REVIEW = 20  # words, above which more count for nothing
 NATS = 4.0  # log-odds of a preference for all of a quality over nothing of it
 
 
@@ -110,7 +111,17 @@ def _aesthetic(sample: Sample) -> float:
     return (oracle.rating(images.array(sample)) - 1) / 9
 
 
+def _tone(sample: Sample) -> float:
+    return (1 + polarity(completion(sample))) / 2
+
+
+def _length(sample: Sample) -> float:
+    return min(len(completion(sample).split()), LONG_REVIEW) / LONG_REVIEW
+
+
 def _overall(sample: Sample) -> float:
+    if sample.image is None:
+        return (_tone(sample) + _length(sample)) / 2
     caption = _caption(sample)
     if caption is None:
         return math.nan
@@ -125,6 +136,7 @@ MEASURES: dict[str, Amount] = {
     "background": _asked("background"),
     "aesthetic": _aesthetic,
     "overall": _overall,
-    "tone": lambda sample: (1 + polarity(completion(sample))) / 2,
+    "tone": _tone,
+    "length": _length,
     "coin": lambda sample: chance("coin", sample.id),  # a quality that means nothing, as a control
 }

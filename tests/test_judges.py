@@ -405,10 +405,13 @@ def test_averaging_both_orders_takes_a_position_bias_out_of_the_oracle():
 def test_the_oracle_judges_how_reviews_are_meant_exactly():
     texts = "is charming but a sad waste.", "is charming and witty.", "is a sad waste."
     mixed, kind, unkind = (Sample(id=text, prompt=Prompt(text="Review: This"), seed=0, text=text) for text in texts)
-    (tone,) = load_principles(["shapes-text"])
+    (tone,) = load_principles(["shapes-text/tone"])
     found = OracleJudge().compare([(kind, unkind), (unkind, mixed)], tone)
     assert [comparison.preference for comparison in found] == [1.0, 0.0]
     assert OracleJudge().grade([kind, unkind], tone) == [9.0, 1.0]
+    length, overall = load_principles(["shapes-text/length", "shapes-text/overall"])
+    assert OracleJudge().grade([kind, unkind], length) == [1 + 8 * 4 / 20] * 2
+    assert OracleJudge().grade([kind, unkind], overall) == [1 + 8 * (1 + 4 / 20) / 2, 1 + 8 * (0 + 4 / 20) / 2]
 
 
 def test_the_oracle_knows_the_embedded_world_alone():

@@ -24,23 +24,21 @@ LINES = (
     ("s2t", "s5t", "s3", "s4t"),
     ("r6",),
     ("d3",),
-    ("m4",),
+    ("m4", "m1t", "m5t"),
     ("r4", "d1", "d2"),
 )
 
 
-def claim(name: str, output: str) -> tuple[str, str]:
-    """The claim's name and what it printed from its tables on; the whole is kept beside the runs."""
+def verdict_of(name: str, output: str) -> str:
+    """A claim's verdict, the last line it printed; the whole is kept beside the runs."""
     command = [sys.executable, "-m", f"benchmarks.claims.{name}", "--output", output]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     said = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     Path(output).mkdir(parents=True, exist_ok=True)
     (Path(output) / f"claim-{name}.log").write_text(said.stdout + said.stderr, encoding="utf-8")
     if said.returncode:
-        return name, f"{name.upper()}: failed. See {output}/claim-{name}.log"
-    lines = said.stdout.rstrip().splitlines()
-    first = next(i for i in reversed(range(len(lines))) if lines[i].startswith(f"{name.upper()}: "))
-    return name, " ".join(lines[first:])
+        return f"{name.upper()}: failed. See {output}/claim-{name}.log"
+    return said.stdout.rstrip().splitlines()[-1]
 
 
 def main() -> None:
@@ -49,8 +47,8 @@ def main() -> None:
 
     def work(line: tuple[str, ...]) -> None:
         for name in line:
-            _, verdicts[name] = claim(name, options.output)
-            console.print(verdicts[name], highlight=False, markup=False)
+            verdicts[name] = verdict_of(name, options.output)
+            console.print(verdicts[name], highlight=False, markup=False, soft_wrap=True)
 
     with ThreadPoolExecutor(options.processes) as pool:
         list(pool.map(work, LINES))

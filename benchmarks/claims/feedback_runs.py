@@ -195,7 +195,7 @@ def label_differences(models: Mapping[str, Path], labels: Sequence[Preference]) 
 
 @dataclass(frozen=True)
 class Pairs:
-    """Pairs of unseen pictures of one prompt: the one that is truly better, the other, and their prompt, [N] each."""
+    """Pairs of samples of one prompt: the one that is truly better, the other, and their prompt, [N] each."""
 
     better: np.ndarray
     worse: np.ndarray
@@ -204,14 +204,18 @@ class Pairs:
 
 @cache
 def true_pairs(output: str, name: str = OVERALL) -> Pairs:
-    """All pairs of which one is truly better."""
-    value_N = exact(output, name)
-    groups = range(0, len(value_N), CANDIDATES)
-    i_N, j_N = np.array([pair for g in groups for pair in combinations(range(g, g + CANDIDATES), 2)]).T
+    """All pairs of unseen pictures of which one is truly better."""
+    return pairs_of(exact(output, name), CANDIDATES)
+
+
+def pairs_of(value_N: np.ndarray, candidates: int) -> Pairs:
+    """All pairs of a prompt's samples, so many of each prompt, of which one has the higher value."""
+    groups = range(0, len(value_N), candidates)
+    i_N, j_N = np.array([pair for g in groups for pair in combinations(range(g, g + candidates), 2)]).T
     first_N = np.where(value_N[i_N] > value_N[j_N], i_N, j_N)
     second_N = i_N + j_N - first_N
     apart_N = np.abs(value_N[first_N] - value_N[second_N]) > 1e-9
-    return Pairs(first_N[apart_N], second_N[apart_N], first_N[apart_N] // CANDIDATES)
+    return Pairs(first_N[apart_N], second_N[apart_N], first_N[apart_N] // candidates)
 
 
 def right(pairs: Pairs, score_N: np.ndarray) -> np.ndarray:

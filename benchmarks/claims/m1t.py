@@ -1,0 +1,82 @@
+"""M1 (MORLAIF, arXiv 2406.07295) for texts: several preference models together predict overall preference better than
+one at equal labels.
+
+Simulated feedback on reviews by the embedded language model. Several: n labels for each of two principles, and n
+overall labels on other prompts, by which the two are weighed; one model: as many overall labels as these together, 3 n,
+or as many pairs, n. All are language models of an eighth of the generator's size that begin at random weights. Right is
+who agrees with the exact overall judge on unseen prompts.
+
+    python -m benchmarks.claims.m1t
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from benchmarks.claims.feedback_runs import (
+    EQUAL,
+    HARDER,
+    OVERALL,
+    SEEDS,
+    Judges,
+    drawn,
+    label_differences,
+    over_prompts,
+    pairs_of,
+    percent,
+    right,
+)
+from benchmarks.claims.text_feedback import CANDIDATES, LABELED, WEIGHED, model, preferences, unseen
+from benchmarks.common import arguments, table, verdict
+from raftdiff.preferences import objective_weights
+from raftdiff.reward_models.judge_oracle import MEASURES
+from raftdiff.reward_models.preference import PreferenceReward
+
+NAMES = ("tone", "length")
+ROWS = ("several, weighed", "one, as many labels", "one, as many pairs")
+
+
+def answers(output: str, judges: Judges, count: int, seed: int) -> dict[str, np.ndarray]:
+    """The scores of the unseen texts by each, [N]."""
+    models = {name: model(output, name, noise=judges.noise, count=count, seed=seed) for name in NAMES}
+    labels = drawn(preferences(output, OVERALL, judges.overall_noise, WEIGHED), count, seed)
+    weights = objective_weights(list(models), label_differences(models, labels))
+    one = [
+        model(output, OVERALL, noise=judges.overall_noise, count=n, seed=seed, rounds=(LABELED, WEIGHED))
+        for n in ((len(NAMES) + 1) * count, count)
+    ]
+    score = {
+        folder: PreferenceReward(folder).score(unseen(output)).double().numpy() for folder in (*models.values(), *one)
+    }
+    several_N = sum((w.raw * score[models[w.name]] for w in weights), np.zeros(len(unseen(output))))
+    return dict(zip(ROWS, (several_N, *(score[folder] for folder in one)), strict=True))
+
+
+def main() -> None:
+    options = arguments(__doc__ or "", counts=[320, 640, 1280])
+    exact_N = np.array([MEASURES[OVERALL](sample) for sample in unseen(options.output)])
+    pairs = pairs_of(exact_N, CANDIDATES)
+    gains = {}
+    for judges in (EQUAL, HARDER):
+        mean = {}
+        for n in options.counts:
+            of_seed = [answers(options.output, judges, n, seed) for seed in SEEDS]
+            mean[n] = {row: np.mean([right(pairs, found[row]) for found in of_seed], axis=0) for row in ROWS}
+        rows = [[row, *(percent(over_prompts(pairs, mean[n][row])) for n in mean)] for row in ROWS]
+        for one in ROWS[1:]:
+            gained = {n: over_prompts(pairs, mean[n][ROWS[0]] - mean[n][one]) for n in mean}
+            gains[judges, one] = gained[options.counts[-1]]
+            rows.append([f"weighed less {one}", *(percent(gained[n], sign=True) for n in mean)])
+        noise = f"wrong about a principle in {judges.noise:.0%}, about the whole in {judges.overall_noise:.0%}"
+        table(f"\nRight about overall preference, %; a judge {noise}", ["", *(f"n = {n}" for n in mean)], rows)
+    shown = {judges: percent(gains[judges, ROWS[1]], sign=True) for judges in (EQUAL, HARDER)}
+    verdict(
+        "M1T",
+        gains[EQUAL, ROWS[1]].low > 0,
+        f"Several less one at as many labels, points: {shown[EQUAL]} with noise 20% in both; {shown[HARDER]} where the "
+        "judge is wrong about a principle in 10% and about the whole in 30%",
+    )
+
+
+if __name__ == "__main__":
+    main()

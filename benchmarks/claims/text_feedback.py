@@ -1,0 +1,138 @@
+"""Simulated feedback on reviews by the embedded language model, and preference models of it, which claims of MORLAIF
+(arXiv 2406.07295) on texts share; each is made once.
+
+The judge is the exact oracle behind the interface of a judge, wrong on purpose in a stated share of the pairs. The
+preference models have the generator's tokenizer and architecture and begin at random weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
+
+from benchmarks.claims.feedback_runs import drawn
+from benchmarks.claims.text_runs import REVIEWS, base_policy, continuation
+from benchmarks.common import configured
+from raftdiff.feedback import Feedback, label_run
+from raftdiff.preferences import Preference
+from raftdiff.principles import load_principles
+from raftdiff.prompts import load_prompts, sample_seed
+from raftdiff.reward_models.judge import build_judge
+from raftdiff.reward_models.preference_training import Fit, train_text_model
+from raftdiff.rounds import Result
+from raftdiff.shapes import WEIGHTS
+from raftdiff.store import SampleStore
+from raftdiff.types import Sample
+
+GENERATOR = WEIGHTS / "text"
+PRINCIPLES = "shapes-text"
+LABELED, WEIGHED, UNSEEN = 1, 2, 3  # rounds of the pool
+PROMPTS = {LABELED: REVIEWS, WEIGHED: "shapes-text:continuation/128/9", UNSEEN: "shapes-text:continuation/128/10"}
+FIT = Fit(epochs=3, learning_rate=1e-3, batch_size=32)
+CANDIDATES, PAIRS = 6, 12  # of each prompt
+SHAPES: dict[str, dict[str, int]] = {
+    "small": {
+        "hidden_size": 48,
+        "head_dim": 24,
+        "intermediate_size": 144,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+    },
+    "own-size": {},
+}
+
+
+@cache
+def pool(output: str) -> Path:
+    """A run folder with texts of the base, a round for each part of the prompts; no prompt is in two of them."""
+    folder = Path(output) / "text-feedback"
+    store = SampleStore(folder)
+    missing = [round for round in PROMPTS if round not in store.rounds()]
+    policy = base_policy(configured("demo-text", output, folder.name, {})) if missing else None
+    seen: set[str] = set()
+    for round, source in PROMPTS.items():
+        prompts = [prompt for prompt in load_prompts(source) if prompt.text not in seen]
+        seen |= {prompt.text for prompt in prompts}
+        if policy is not None and round in missing:
+            wanted = [(prompt, k) for prompt in prompts for k in range(CANDIDATES)]
+            seeds = [sample_seed(0, round, prompt.id, k) for prompt, k in wanted]
+            store.write_samples(round, 0, policy.sample([prompt for prompt, _ in wanted], seeds))
+    return folder
+
+
+@cache
+def unseen(output: str) -> list[Sample]:
+    """What everything is measured on, by prompt, `CANDIDATES` of each."""
+    return SampleStore(pool(output)).read_samples(UNSEEN)
+
+
+@cache
+def preferences(output: str, principle: str, noise: float, round: int) -> list[Preference | None]:
+    """What the judge says of some pairs of each prompt of a round; None for a tie."""
+    options = {"noise": noise}
+    judge, name = build_judge("oracle", options), f"noise-{noise:g}"
+    found = load_principles([PRINCIPLES])
+    made_of = ("oracle", options)
+    label_run(pool(output), judge, found, made_of=made_of, per_prompt=PAIRS, name=name, rounds=[round])
+    feedback = Feedback(pool(output), name)
+    decided = {frozenset((p.chosen.id, p.rejected.id)): p for p in feedback.preferences(principle)}
+    pairs = feedback.pairs(per_prompt=PAIRS, rounds=[round])
+    return [decided.get(frozenset((a.id, b.id))) for a, b in pairs]
+
+
+def backbone(output: str, size: str) -> Path:
+    """The generator's architecture with random weights, in the shape of a size, and its tokenizer."""
+    folder = pool(output) / f"backbone-{size}"
+    torch.manual_seed(3)
+    LlamaForCausalLM(AutoConfig.from_pretrained(GENERATOR, **SHAPES[size])).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(GENERATOR).save_pretrained(folder)
+    return folder
+
+
+def model(
+    output: str,
+    principle: str,
+    *,
+    noise: float,
+    size: str = "small",
+    count: int | None = None,
+    seed: int = 0,
+    rounds: Sequence[int] = (LABELED,),
+) -> Path:
+    """The folder of a preference model of so many labels of one principle, or of all there are."""
+    folder = pool(output) / "models" / f"{principle}-{size}-noise{noise:g}-{count or 'all'}-{seed}"
+    if not (folder / "manifest.json").exists():
+        labels = [label for round in rounds for label in preferences(output, principle, noise, round)]
+        learned = drawn(labels, count or len(labels), seed)
+        (found,) = load_principles([f"{PRINCIPLES}/{principle}"])
+        fit = replace(FIT, seed=seed)
+        train_text_model(learned, found, folder, model=str(backbone(output, size)), fit=fit)
+    return folder
+
+
+def reward(folder: Path, label: str, weight: float = 1.0) -> dict[str, Any]:
+    """A preference model as a reward of a run."""
+    return {"name": "preference", "label": label, "weight": weight, "options": {"path": str(folder)}}
+
+
+def truth(principle: str) -> dict[str, Any]:
+    """The exact judge's grade, 1 to 9, as a reward to watch."""
+    options = {"principle": f"{PRINCIPLES}/{principle}", "judge": "oracle"}
+    return {"name": "judge", "label": f"true-{principle}", "options": options}
+
+
+def aligned(output: str, name: str, rewards: Sequence[Mapping[str, Any]]) -> Result:
+    """Four rounds of RAFT on preference models, judged by the exact judge on prompts that no model was trained on."""
+    judged = {
+        "evaluation.prompts": "shapes-text:continuation/96/8",
+        "evaluation.seeds_per_prompt": 4,
+        "evaluation.rewards": [truth("tone"), truth("length"), {"name": "sentiment"}],
+    }
+    return continuation(output, name, rounds=4, rewards=list(rewards), **judged)

@@ -38,7 +38,7 @@ app: .venv ## Open the web app on the embedded model and the runs in runs/.
 compare: .venv ## Compare the algorithms on the embedded model at an equal budget (about half an hour).
 	@$(BIN)/raftdiff compare examples/compare.yaml
 
-claims: .venv ## Check the papers' claims on the embedded model (about an hour; can be broken off and begun again).
+claims: .venv ## Check the papers' claims on the embedded model (under an hour on 2 cores; can be broken off and begun again).
 	@$(BIN)/python -m benchmarks.claims
 
 test: .venv ## Run the tests.

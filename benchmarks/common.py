@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from raftdiff.evaluation import paired_interval
 from raftdiff.rounds import Result, run_rounds
 from raftdiff.types import Evaluation, Interval
 
-console = Console()
+console = Console(width=None if sys.stdout.isatty() else 180)  # tables in a log are not broken
 
 
 def arguments(description: str, **options: Any) -> argparse.Namespace:

@@ -13,56 +13,32 @@ from __future__ import annotations
 
 import numpy as np
 
-from benchmarks.claims.feedback_runs import (
-    EQUAL,
-    HARDER,
-    OVERALL,
-    SEEDS,
-    Judges,
-    drawn,
-    label_differences,
-    over_prompts,
-    pairs_of,
-    percent,
-    right,
-)
-from benchmarks.claims.text_feedback import CANDIDATES, LABELED, WEIGHED, model, preferences, unseen
+from benchmarks.claims.feedback_runs import EQUAL, HARDER, SEEDS, Judges, over_prompts, percent, right
+from benchmarks.claims.text_feedback import LABELS, NAMES, scores, several, single, true_pairs, weighted, weights
 from benchmarks.common import arguments, table, verdict
-from raftdiff.preferences import objective_weights
-from raftdiff.reward_models.judge_oracle import MEASURES
-from raftdiff.reward_models.preference import PreferenceReward
 
-NAMES = ("tone", "length")
 ROWS = ("several, weighed", "one, as many labels", "one, as many pairs")
 
 
 def answers(output: str, judges: Judges, count: int, seed: int) -> dict[str, np.ndarray]:
-    """The scores of the unseen texts by each, [N]."""
-    models = {name: model(output, name, noise=judges.noise, count=count, seed=seed) for name in NAMES}
-    labels = drawn(preferences(output, OVERALL, judges.overall_noise, WEIGHED), count, seed)
-    weights = objective_weights(list(models), label_differences(models, labels))
-    one = [
-        model(output, OVERALL, noise=judges.overall_noise, count=n, seed=seed, rounds=(LABELED, WEIGHED))
-        for n in ((len(NAMES) + 1) * count, count)
-    ]
-    score = {
-        folder: PreferenceReward(folder).score(unseen(output)).double().numpy() for folder in (*models.values(), *one)
-    }
-    several_N = sum((w.raw * score[models[w.name]] for w in weights), np.zeros(len(unseen(output))))
-    return dict(zip(ROWS, (several_N, *(score[folder] for folder in one)), strict=True))
+    """Whether each is right about each pair of unseen texts, [N]; the principles alone as well."""
+    models = several(output, judges, count=count, seed=seed)
+    weighed_N = weighted(output, models, weights(output, models, judges, count=count, seed=seed))
+    one = [single(output, judges, count=n, seed=seed) for n in ((len(NAMES) + 1) * count, count)]
+    every = dict(zip(ROWS, (weighed_N, *(scores(output, folder) for folder in one)), strict=True))
+    every |= {f"{name} alone": scores(output, folder) for name, folder in models.items()}
+    return {row: right(true_pairs(output), score_N) for row, score_N in every.items()}
 
 
 def main() -> None:
-    options = arguments(__doc__ or "", counts=[320, 640, 1280])
-    exact_N = np.array([MEASURES[OVERALL](sample) for sample in unseen(options.output)])
-    pairs = pairs_of(exact_N, CANDIDATES)
-    gains = {}
+    options = arguments(__doc__ or "", counts=[320, 640, LABELS])
+    pairs, gains = true_pairs(options.output), {}
     for judges in (EQUAL, HARDER):
         mean = {}
         for n in options.counts:
             of_seed = [answers(options.output, judges, n, seed) for seed in SEEDS]
-            mean[n] = {row: np.mean([right(pairs, found[row]) for found in of_seed], axis=0) for row in ROWS}
-        rows = [[row, *(percent(over_prompts(pairs, mean[n][row])) for n in mean)] for row in ROWS]
+            mean[n] = {row: np.mean([found[row] for found in of_seed], axis=0) for row in of_seed[0]}
+        rows = [[row, *(percent(over_prompts(pairs, mean[n][row])) for n in mean)] for row in of_seed[0]]
         for one in ROWS[1:]:
             gained = {n: over_prompts(pairs, mean[n][ROWS[0]] - mean[n][one]) for n in mean}
             gains[judges, one] = gained[options.counts[-1]]

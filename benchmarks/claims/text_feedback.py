@@ -13,17 +13,20 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
 
-from benchmarks.claims.feedback_runs import drawn
+from benchmarks.claims.feedback_runs import OVERALL, Judges, Pairs, drawn, label_differences, pairs_of
 from benchmarks.claims.text_runs import REVIEWS, base_policy, continuation
 from benchmarks.common import configured
 from raftdiff.feedback import Feedback, label_run
-from raftdiff.preferences import Preference
-from raftdiff.principles import load_principles
+from raftdiff.preferences import Preference, Weight, objective_weights
+from raftdiff.principles import Principle, load_principles
 from raftdiff.prompts import load_prompts, sample_seed
 from raftdiff.reward_models.judge import build_judge
+from raftdiff.reward_models.judge_oracle import MEASURES
+from raftdiff.reward_models.preference import PreferenceReward
 from raftdiff.reward_models.preference_training import Fit, train_text_model
 from raftdiff.rounds import Result
 from raftdiff.shapes import WEIGHTS
@@ -32,6 +35,8 @@ from raftdiff.types import Sample
 
 GENERATOR = WEIGHTS / "text"
 PRINCIPLES = "shapes-text"
+NAMES = ("tone", "length")
+LABELS = 1280  # of each principle, where nothing else is said
 LABELED, WEIGHED, UNSEEN = 1, 2, 3  # rounds of the pool
 PROMPTS = {LABELED: REVIEWS, WEIGHED: "shapes-text:continuation/128/9", UNSEEN: "shapes-text:continuation/128/10"}
 FIT = Fit(epochs=3, learning_rate=1e-3, batch_size=32)
@@ -74,15 +79,24 @@ def unseen(output: str) -> list[Sample]:
 
 
 @cache
-def preferences(output: str, principle: str, noise: float, round: int) -> list[Preference | None]:
+def known(name: str) -> Principle:
+    """A principle of the set; `less-tone` is tone turned round, `coin` is a quality that means nothing."""
+    if name == "coin":
+        return Principle(name=name, modality="text", direction="more", wording="a quality that means nothing")
+    (found,) = load_principles([f"{PRINCIPLES}/{name.removeprefix('less-')}"])
+    return found.model_copy(update={"direction": "less"}) if name.startswith("less-") else found
+
+
+@cache
+def preferences(output: str, principle: str, noise: float, round: int, judge_seed: int = 0) -> list[Preference | None]:
     """What the judge says of some pairs of each prompt of a round; None for a tie."""
-    options = {"noise": noise}
-    judge, name = build_judge("oracle", options), f"noise-{noise:g}"
-    found = load_principles([PRINCIPLES])
-    made_of = ("oracle", options)
-    label_run(pool(output), judge, found, made_of=made_of, per_prompt=PAIRS, name=name, rounds=[round])
+    options = {"noise": noise, "seed": judge_seed}
+    name = f"{principle}-noise{noise:g}-{judge_seed}"
+    judge, made_of = build_judge("oracle", options), ("oracle", options)
+    label_run(pool(output), judge, [known(principle)], made_of=made_of, per_prompt=PAIRS, name=name, rounds=[round])
     feedback = Feedback(pool(output), name)
-    decided = {frozenset((p.chosen.id, p.rejected.id)): p for p in feedback.preferences(principle)}
+    found = feedback.preferences(known(principle).name)
+    decided = {frozenset((p.chosen.id, p.rejected.id)): p for p in found}
     pairs = feedback.pairs(per_prompt=PAIRS, rounds=[round])
     return [decided.get(frozenset((a.id, b.id))) for a, b in pairs]
 
@@ -105,16 +119,63 @@ def model(
     count: int | None = None,
     seed: int = 0,
     rounds: Sequence[int] = (LABELED,),
+    judge_seed: int = 0,
 ) -> Path:
     """The folder of a preference model of so many labels of one principle, or of all there are."""
-    folder = pool(output) / "models" / f"{principle}-{size}-noise{noise:g}-{count or 'all'}-{seed}"
+    folder = pool(output) / "models" / f"{principle}-{size}-noise{noise:g}-{count or 'all'}-{seed}-{judge_seed}"
     if not (folder / "manifest.json").exists():
-        labels = [label for round in rounds for label in preferences(output, principle, noise, round)]
+        labels = [label for round in rounds for label in preferences(output, principle, noise, round, judge_seed)]
         learned = drawn(labels, count or len(labels), seed)
-        (found,) = load_principles([f"{PRINCIPLES}/{principle}"])
         fit = replace(FIT, seed=seed)
-        train_text_model(learned, found, folder, model=str(backbone(output, size)), fit=fit)
+        train_text_model(learned, known(principle), folder, model=str(backbone(output, size)), fit=fit)
     return folder
+
+
+def several(output: str, judges: Judges, *, count: int = LABELS, seed: int = 0) -> dict[str, Path]:
+    """A preference model of each principle."""
+    return {name: model(output, name, noise=judges.noise, count=count, seed=seed) for name in NAMES}
+
+
+def single(output: str, judges: Judges, *, count: int, seed: int = 0) -> Path:
+    """One preference model of overall labels."""
+    rounds = (LABELED, WEIGHED)
+    return model(output, OVERALL, noise=judges.overall_noise, count=count, seed=seed, rounds=rounds)
+
+
+def overall_labels(output: str, judges: Judges, count: int, seed: int) -> list[Preference]:
+    """Overall labels on the prompts that weigh."""
+    return drawn(preferences(output, OVERALL, judges.overall_noise, WEIGHED), count, seed)
+
+
+def weights(
+    output: str, models: Mapping[str, Path], judges: Judges, *, count: int = LABELS, seed: int = 0
+) -> list[Weight]:
+    """What each principle weighs in so many overall labels."""
+    labels = overall_labels(output, judges, count, seed)
+    return objective_weights(list(models), label_differences(models, labels))
+
+
+@cache
+def scores(output: str, folder: Path) -> np.ndarray:
+    """What a preference model says of the unseen texts, [N]."""
+    return PreferenceReward(folder).score(unseen(output)).double().numpy()
+
+
+def weighted(output: str, models: Mapping[str, Path], found: Sequence[Weight]) -> np.ndarray:
+    """The weighted sum of the scores of the unseen texts, [N]."""
+    return sum((weight.raw * scores(output, models[weight.name]) for weight in found), np.zeros(len(unseen(output))))
+
+
+@cache
+def exact(output: str, name: str) -> np.ndarray:
+    """How much of a quality the unseen texts truly have, 0 to 1, [N]."""
+    return np.array([MEASURES[name](sample) for sample in unseen(output)])
+
+
+@cache
+def true_pairs(output: str) -> Pairs:
+    """All pairs of unseen texts of which one is truly better as a whole."""
+    return pairs_of(exact(output, OVERALL), CANDIDATES)
 
 
 def reward(folder: Path, label: str, weight: float = 1.0) -> dict[str, Any]:
@@ -128,11 +189,12 @@ def truth(principle: str) -> dict[str, Any]:
     return {"name": "judge", "label": f"true-{principle}", "options": options}
 
 
-def aligned(output: str, name: str, rewards: Sequence[Mapping[str, Any]]) -> Result:
+def aligned(output: str, name: str, rewards: Sequence[Mapping[str, Any]], combine: str = "sum") -> Result:
     """Four rounds of RAFT on preference models, judged by the exact judge on prompts that no model was trained on."""
     judged = {
         "evaluation.prompts": "shapes-text:continuation/96/8",
         "evaluation.seeds_per_prompt": 4,
-        "evaluation.rewards": [truth("tone"), truth("length"), {"name": "sentiment"}],
+        "evaluation.rewards": [*map(truth, (OVERALL, *NAMES)), {"name": "sentiment"}],
+        "combine": combine,
     }
     return continuation(output, name, rounds=4, rewards=list(rewards), **judged)

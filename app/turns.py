@@ -72,9 +72,9 @@ class Turns:
                 self._line.remove(ticket)
                 self._changed.notify_all()
 
-    def close(self, most_s: float = 60.0) -> None:
-        """Stop what waits and what draws, and wait until the device is free: a process that ends while a thread
-        computes is aborted by torch."""
+    def close(self, most_s: float = 20.0) -> None:
+        """Stop what waits and what draws, and wait until the device is free, but not for ever: a process that ends
+        while a thread computes is aborted by torch."""
         self.closed.set()
         with self._changed:
             self._changed.wait_for(lambda: not self._line, most_s)

@@ -15,6 +15,7 @@ import time
 import zipfile
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -387,7 +388,9 @@ def test_empty_states_say_what_to_do(runs, visit, tmp_path):
 def serve_process(runs: Path, base: Path, port: int) -> subprocess.Popen:
     options = ["--runs", str(runs), "--base", str(base), "--port", str(port)]
     command = [sys.executable, "-m", "raftdiff.cli", "app", *options]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    # A shell has its background jobs ignore Ctrl-C, and children inherit that.
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=heed)
     assert process.stdout is not None
     for line in process.stdout:
         if line.startswith("open http"):

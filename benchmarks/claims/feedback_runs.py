@@ -9,7 +9,7 @@ the principles, and those that everything is measured on. One model of overall l
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
@@ -68,20 +68,29 @@ HARDER = Judges("overall is harder", 0.1, 0.3)
 def pool(output: str) -> Path:
     """A run folder with pictures of the base, a round for each part of the prompts; no prompt is in two of them."""
     folder = Path(output) / "feedback-pool"
-    store = SampleStore(folder)
-    missing = [round for round in PROMPTS if round not in store.rounds()]
-    if missing:
+
+    def base() -> Any:
         config = configured("claims", output, folder.name, {})
-        policy = build_policy(config, load_pipeline(config.model, "cpu"))
+        return build_policy(config, load_pipeline(config.model, "cpu"))
+
+    fill(folder, PROMPTS, CANDIDATES, base)
+    return folder
+
+
+def fill(folder: Path, sources: Mapping[int, str], candidates: int, base: Callable[[], Any]) -> None:
+    """Draw what a run folder lacks: for each round so many samples of the base for each prompt of its source that is
+    in no earlier round."""
+    store = SampleStore(folder)
+    missing = [round for round in sources if round not in store.rounds()]
+    policy = base() if missing else None
     seen: set[str] = set()
-    for round, source in PROMPTS.items():
+    for round, source in sources.items():
         prompts = [prompt for prompt in load_prompts(source) if prompt.text not in seen]
         seen |= {prompt.text for prompt in prompts}
-        if round in missing:
-            wanted = [(prompt, k) for prompt in prompts for k in range(CANDIDATES)]
+        if policy is not None and round in missing:
+            wanted = [(prompt, k) for prompt in prompts for k in range(candidates)]
             seeds = [sample_seed(0, round, prompt.id, k) for prompt, k in wanted]
             store.write_samples(round, 0, policy.sample([prompt for prompt, _ in wanted], seeds))
-    return folder
 
 
 @cache
@@ -107,12 +116,16 @@ def preferences(
     output: str, principle: Principle, noise: float, round: int, judge_seed: int = 0
 ) -> list[Preference | None]:
     """What the judge says of some pairs of each prompt of a round; None for a tie."""
-    folder = pool(output)
-    options = {"noise": noise} | ({"seed": judge_seed} if judge_seed else {})
-    name = "-".join([principle.direction, principle.name, *(f"{value:g}" for value in options.values())])
-    judge = build_judge("oracle", options)
-    made_of = ("oracle", options)
     per_prompt = OVERALL_PAIRS if principle.name == OVERALL else PAIRS
+    return judged(pool(output), principle, {"noise": noise, "seed": judge_seed}, round=round, per_prompt=per_prompt)
+
+
+def judged(
+    folder: Path, principle: Principle, options: Mapping[str, Any], *, round: int, per_prompt: int
+) -> list[Preference | None]:
+    """What the judge `oracle` with these options says of so many pairs of each prompt of a round; None for a tie."""
+    name = "-".join([principle.direction, principle.name, *(f"{value:g}" for value in options.values())])
+    judge, made_of = build_judge("oracle", options), ("oracle", options)
     label_run(folder, judge, [principle], made_of=made_of, name=name, per_prompt=per_prompt, rounds=[round])
     feedback = Feedback(folder, name)
     found = {frozenset((p.chosen.id, p.rejected.id)): p for p in feedback.preferences(principle.name)}

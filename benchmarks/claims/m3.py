@@ -10,6 +10,7 @@ the generator, by a short run of RAFT each. The exact overall judge decides who 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import combinations
 
 import numpy as np
@@ -36,6 +37,7 @@ from benchmarks.claims.feedback_runs import (
 from benchmarks.common import arguments, console, difference, gains_table, show, table, verdict
 from raftdiff.evaluation import paired_interval
 from raftdiff.objectives import scalarize
+from raftdiff.preferences import Weight
 from raftdiff.rounds import Result
 from raftdiff.types import Interval
 
@@ -56,13 +58,21 @@ def picks(output: str, judges: Judges, seed: int) -> dict[str, np.ndarray]:
     """The unseen picture of each prompt that each reward would take, [P]."""
     models = several(output, judges, seed=seed)
     found = weights(output, models, judges, count=LABELS, seed=seed)
-    objectives = {w.name: w.weight * standing(scores(output, models[w.name])) for w in found}
-    of_sample = [dict(zip(objectives, column, strict=True)) for column in zip(*objectives.values(), strict=True)]
-    weight_of = {w.name: w.weight for w in found}
-    rewards = {how: np.array([scalarize(z, weight_of, how) for z in of_sample]) for how in SCALARIZERS}
-    rewards |= {name: scores(output, single(output, judges, count=count, seed=seed)) for name, count in ONE.items()}
-    first_P = np.arange(0, len(of_sample), CANDIDATES)
-    return {name: first_P + value_N.reshape(-1, CANDIDATES).argmax(1) for name, value_N in rewards.items()}
+    one = {name: scores(output, single(output, judges, count=count, seed=seed)) for name, count in ONE.items()}
+    return best({w: scores(output, models[w.name]) for w in found}, one, CANDIDATES)
+
+
+def best(
+    score_of: Mapping[Weight, np.ndarray], one: Mapping[str, np.ndarray], candidates: int
+) -> dict[str, np.ndarray]:
+    """The place of the best of each prompt's candidates, [P], by each scalariser of the weighed scores [N], and by each single
+    score [N]."""
+    weight_of = {w.name: w.weight for w in score_of}
+    z_RN = [w.weight * standing(score_N) for w, score_N in score_of.items()]
+    of_sample = [dict(zip(weight_of, z_R, strict=True)) for z_R in zip(*z_RN, strict=True)]
+    rewards = {how: np.array([scalarize(z, weight_of, how) for z in of_sample]) for how in SCALARIZERS} | dict(one)
+    first_P = np.arange(0, len(of_sample), candidates)
+    return {name: first_P + value_N.reshape(-1, candidates).argmax(1) for name, value_N in rewards.items()}
 
 
 def wins(value_N: np.ndarray, left: list[np.ndarray], right: list[np.ndarray]) -> Interval:

@@ -14,8 +14,8 @@ from itertools import combinations
 
 import numpy as np
 
-from benchmarks.claims.feedback_runs import EQUAL, HARDER, OVERALL, SEEDS, Judges, percent, standing
-from benchmarks.claims.m3 import AS_LABELS, AS_PAIRS, SCALARIZERS, wins
+from benchmarks.claims.feedback_runs import EQUAL, HARDER, OVERALL, SEEDS, Judges, percent
+from benchmarks.claims.m3 import AS_LABELS, AS_PAIRS, SCALARIZERS, best, wins
 from benchmarks.claims.text_feedback import (
     CANDIDATES,
     LABELS,
@@ -30,7 +30,6 @@ from benchmarks.claims.text_feedback import (
 )
 from benchmarks.common import arguments, console, difference, gains_table, show, table, verdict
 from raftdiff.evaluation import paired_interval
-from raftdiff.objectives import scalarize
 from raftdiff.rounds import Result
 from raftdiff.types import Interval
 
@@ -42,13 +41,8 @@ def picks(output: str, judges: Judges, seed: int) -> dict[str, np.ndarray]:
     """The unseen text of each prompt that each reward would take, [P]."""
     models = several(output, judges, seed=seed)
     found = weights(output, models, judges, seed=seed)
-    weight_of = {w.name: w.weight for w in found}
-    z_RN = [w.weight * standing(scores(output, models[w.name])) for w in found]
-    of_sample = [dict(zip(weight_of, column, strict=True)) for column in zip(*z_RN, strict=True)]
-    rewards = {how: np.array([scalarize(z, weight_of, how) for z in of_sample]) for how in SCALARIZERS}
-    rewards |= {name: scores(output, single(output, judges, count=count, seed=seed)) for name, count in ONE.items()}
-    first_P = np.arange(0, len(of_sample), CANDIDATES)
-    return {name: first_P + value_N.reshape(-1, CANDIDATES).argmax(1) for name, value_N in rewards.items()}
+    one = {name: scores(output, single(output, judges, count=count, seed=seed)) for name, count in ONE.items()}
+    return best({w: scores(output, models[w.name]) for w in found}, one, CANDIDATES)
 
 
 def selected(output: str, judges: Judges) -> tuple[dict[str, Interval], list[float]]:

@@ -17,14 +17,11 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
 
-from benchmarks.claims.feedback_runs import OVERALL, Judges, Pairs, drawn, label_differences, pairs_of
+from benchmarks.claims.feedback_runs import OVERALL, Judges, Pairs, drawn, fill, judged, label_differences, pairs_of
 from benchmarks.claims.text_runs import REVIEWS, base_policy, continuation
 from benchmarks.common import configured
-from raftdiff.feedback import Feedback, label_run
 from raftdiff.preferences import Preference, Weight, objective_weights
 from raftdiff.principles import Principle, load_principles
-from raftdiff.prompts import load_prompts, sample_seed
-from raftdiff.reward_models.judge import build_judge
 from raftdiff.reward_models.judge_oracle import MEASURES
 from raftdiff.reward_models.preference import PreferenceReward
 from raftdiff.reward_models.preference_training import Fit, train_text_model
@@ -58,17 +55,7 @@ SHAPES: dict[str, dict[str, int]] = {
 def pool(output: str) -> Path:
     """A run folder with texts of the base, a round for each part of the prompts; no prompt is in two of them."""
     folder = Path(output) / "text-feedback"
-    store = SampleStore(folder)
-    missing = [round for round in PROMPTS if round not in store.rounds()]
-    policy = base_policy(configured("demo-text", output, folder.name, {})) if missing else None
-    seen: set[str] = set()
-    for round, source in PROMPTS.items():
-        prompts = [prompt for prompt in load_prompts(source) if prompt.text not in seen]
-        seen |= {prompt.text for prompt in prompts}
-        if policy is not None and round in missing:
-            wanted = [(prompt, k) for prompt in prompts for k in range(CANDIDATES)]
-            seeds = [sample_seed(0, round, prompt.id, k) for prompt, k in wanted]
-            store.write_samples(round, 0, policy.sample([prompt for prompt, _ in wanted], seeds))
+    fill(folder, PROMPTS, CANDIDATES, lambda: base_policy(configured("demo-text", output, folder.name, {})))
     return folder
 
 
@@ -91,14 +78,7 @@ def known(name: str) -> Principle:
 def preferences(output: str, principle: str, noise: float, round: int, judge_seed: int = 0) -> list[Preference | None]:
     """What the judge says of some pairs of each prompt of a round; None for a tie."""
     options = {"noise": noise, "seed": judge_seed}
-    name = f"{principle}-noise{noise:g}-{judge_seed}"
-    judge, made_of = build_judge("oracle", options), ("oracle", options)
-    label_run(pool(output), judge, [known(principle)], made_of=made_of, per_prompt=PAIRS, name=name, rounds=[round])
-    feedback = Feedback(pool(output), name)
-    found = feedback.preferences(known(principle).name)
-    decided = {frozenset((p.chosen.id, p.rejected.id)): p for p in found}
-    pairs = feedback.pairs(per_prompt=PAIRS, rounds=[round])
-    return [decided.get(frozenset((a.id, b.id))) for a, b in pairs]
+    return judged(pool(output), known(principle), options, round=round, per_prompt=PAIRS)
 
 
 def backbone(output: str, size: str) -> Path:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 
 from raftdiff.config import Dtype
 from raftdiff.errors import WeightsError
@@ -24,6 +24,7 @@ from raftdiff.types import Sample
 
 from . import images
 from .encoders import clip_encoder
+from .pretrained import read_tensors
 
 _V1 = {"weight", "bias"}
 _V2_LAYERS = (0, 2, 4, 6, 7)  # between them the published module has only dropout
@@ -80,23 +81,22 @@ def load_head(path: Path) -> AestheticHead:
     """
     if not path.is_file():
         raise WeightsError(f"no aesthetic head at {path}; download LAION's weights there, or set `head` to the file")
-    try:
-        state = load_file(path) if path.suffix == ".safetensors" else _read_pickle(path)
-    except Exception as error:  # what unpickling raises depends on the bytes
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise WeightsError(f"cannot read the aesthetic head {path}: {reason}") from error
+    state = read_tensors(path, "aesthetic head") if path.suffix == ".safetensors" else _read_pickle(path)
     return AestheticHead.from_state(state, str(path))
 
 
 def _read_pickle(path: Path) -> dict[str, torch.Tensor]:
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    try:
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise WeightsError(f"cannot read the aesthetic head {path}: {error.strerror}") from error
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "raftdiff" / "heads"
     copies = [path.with_name(f"{path.name}.safetensors"), cache / f"{digest[:16]}.safetensors"]
     for copy in copies:
         state = _converted(copy, digest)
         if state is not None:
             return state
-    state = {k: v.contiguous() for k, v in torch.load(path, weights_only=True, map_location="cpu").items()}
+    state = {name: tensor.contiguous() for name, tensor in read_tensors(path, "aesthetic head").items()}
     data = save(state, metadata={"source_sha256": digest})
     for copy in copies:
         try:

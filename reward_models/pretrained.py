@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
+from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from raftdiff.config import Dtype
@@ -117,16 +118,19 @@ def commit_of(file: Path) -> str | None:
     return file.parent.name if file.parent.parent.name == "snapshots" else None
 
 
-def read_tensors(path: Path) -> Mapping[str, torch.Tensor]:
-    """The tensors of a published pickle, which is opened restricted to tensors.
+def read_tensors(path: Path, what: str = "weights") -> Mapping[str, torch.Tensor]:
+    """The tensors of a published file, `what` it is in error messages: of safetensors, or of a pickle, which is opened
+    restricted to tensors.
 
     Raises:
         WeightsError: it is unreadable, or holds something else.
     """
     try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
         state = torch.load(path, weights_only=True, map_location="cpu")
     except Exception as error:  # what unpickling raises depends on the bytes
-        raise WeightsError(f"cannot read the weights {path}: {one_line(error)}") from error
+        raise WeightsError(f"cannot read the {what} {path}: {one_line(error)}") from error
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise WeightsError(f"{path} holds no table of tensors")
     return state

@@ -65,8 +65,8 @@ def picks(output: str, judges: Judges, seed: int) -> dict[str, np.ndarray]:
 def best(
     score_of: Mapping[Weight, np.ndarray], one: Mapping[str, np.ndarray], candidates: int
 ) -> dict[str, np.ndarray]:
-    """The place of the best of each prompt's candidates, [P], by each scalariser of the weighed scores [N], and by each single
-    score [N]."""
+    """Where the best of each prompt's candidates is, [P], by each scalariser of the weighed scores [N] and by each
+    single score [N]."""
     weight_of = {w.name: w.weight for w in score_of}
     z_RN = [w.weight * standing(score_N) for w, score_N in score_of.items()]
     of_sample = [dict(zip(weight_of, z_R, strict=True)) for z_R in zip(*z_RN, strict=True)]

@@ -220,7 +220,8 @@ def _digits(interval: Interval) -> int:
 def _number(value: float, digits: int, *, signed: bool = False) -> str:
     if not math.isfinite(value):
         return ABSENT
-    return f"{value:{'+' if signed else ''},.{digits}f}".replace("-", "\N{MINUS SIGN}")
+    shown = round(value, digits) + 0.0  # -0.0 + 0.0 is 0.0: what rounds to nothing has no sign
+    return f"{shown:{'+' if signed else ''},.{digits}f}".replace("-", "\N{MINUS SIGN}")
 
 
 def terminal_table(base: Sequence[Evaluation], aligned: Sequence[Evaluation], trained: Collection[str]) -> Table:

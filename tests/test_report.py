@@ -28,6 +28,7 @@ from raftdiff.report import (
     comparison,
     draw_chart,
     duration,
+    format_interval,
     image_grid,
     read_metrics,
     terminal_table,
@@ -196,6 +197,11 @@ def test_the_table_pairs_scales_marks_roles_and_matches_precision():
     assert reward.verdict == "better"
     assert (oracle.gain, oracle.interval, oracle.verdict) == (f"{MINUS}0.01", f"{MINUS}0.11 to 0.09", "unsure")
     assert (diversity.base, diversity.gain, diversity.verdict) == ("0.200", ABSENT, "unsure")
+
+
+def test_what_rounds_to_nothing_has_no_minus_sign():
+    assert format_interval(Interval(mean=-1e-9, low=-0.04, high=0.04, count=9))[0] == "+0.000"
+    assert format_interval(Interval(mean=-0.02, low=-0.04, high=-1e-9, count=9))[1] == f"{MINUS}0.040 to 0.000"
 
 
 def test_the_terminal_shows_the_same_numbers_and_no_markup():
